@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
@@ -15,7 +16,7 @@ from spectool.options import Config, same_option
 from spectool.shared_options import PlaceOptions
 
 if TYPE_CHECKING:
-    from spectool.distill.train_weights import WeightsPlan
+    from spectool.distill.train_weights import WeightsPlan, WeightsReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,37 +38,47 @@ def distill(
 ) -> None:
     """Train the weights of MODEL and write them to the directory OUT, a dense checkpoint."""
     prepare_torch(place.threads)
+    from spectool.distill.processes import connect
     from spectool.distill.train_weights import WeightsJob, train_weights
 
     job = WeightsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, plan, dry_run=write.dry_run)
     output.resume = RESUME
-    report = train_weights(
-        place.open(),
-        write.out,
-        job,
-        device=place.resolve_device(),
-        overwrite=write.overwrite,
-        dry_run=write.dry_run,
-        metrics=write.metrics,
-        reporter=output,
-    )
-    if report is None:
-        return
+    device = place.resolve_device()
+    with connect(device) as processes:
+        with processes.together():
+            checkpoint = place.open()
+        report = train_weights(
+            checkpoint,
+            write.out,
+            job,
+            device=device,
+            overwrite=write.overwrite,
+            dry_run=write.dry_run,
+            metrics=write.metrics,
+            processes=processes,
+            reporter=output,
+        )
+    if report is not None:
+        _finish(output, write.out, report)
+
+
+def _finish(output: Output, out: Path, report: WeightsReport) -> None:
+    """Print what the weights that were written are worth."""
     for key in (key for key in report.best if key not in ("step", "score")):
         name = key.replace("_", " ")
         output.show(f"held-out {name}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
-    output.show(f"{write.out}: best after {report.best['step']} of {report.steps} steps")
+    output.show(f"{out}: best after {report.best['step']} of {report.steps} steps")
     if not report.best["step"]:
         output.show("no trained weights were better: the output has the weights of MODEL")
     elif report.draft is not None:
         output.show(
-            f"decode with --draft {report.draft}: the text is that of {write.out} without a "
+            f"decode with --draft {report.draft}: the text is that of {out} without a "
             "drafter, and not that of MODEL"
         )
     output.result(
         {
-            "out": str(write.out),
+            "out": str(out),
             **_plan_record(report.plan),
             "steps": report.steps,
             "draft": report.draft,
@@ -84,7 +95,8 @@ def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
     output.say(
         f"plan: {describe_method(job.method, job.config)}, {plan.trained / 1e6:.2f} M parameters "
         f"train {plan.changed_tensors} tensors with {plan.changed_weights / 1e6:.2f} M of "
-        f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}"
+        f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}, disk "
+        f"{size(plan.disk_bytes)}"
     )
     say_texts(output, job, plan)
     if plan.generated_tokens:
@@ -93,7 +105,8 @@ def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
             "the number of steps is an estimate"
         )
     if dry_run:
-        output.result({"dry_run": True, **_plan_record(plan), "memory_bytes": plan.memory_bytes})
+        sizes = {"memory_bytes": plan.memory_bytes, "disk_bytes": plan.disk_bytes}
+        output.result({"dry_run": True, **_plan_record(plan), **sizes})
 
 
 def _plan_record(plan: WeightsPlan) -> dict[str, Any]:

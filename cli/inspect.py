@@ -240,11 +240,15 @@ def heads_command(record: dict[str, Any]) -> list[str]:
         WriteOptions(out=Path("OUT")),
         HeadsOptions(**_recorded(HeadsOptions, training)),
     ]
-    words = ["spectool"]
-    if (processes := training.get("processes", 1)) > 1:
-        words = ["torchrun", "--nproc-per-node", str(processes), "-m", "spectool"]
-    words += ["train-heads", record["method"], *command_words(*given)]
+    words = [*_spectool(training), "train-heads", record["method"], *command_words(*given)]
     return words + _own_words(record["options"])
+
+
+def _spectool(training: dict[str, Any]) -> list[str]:
+    """Return the words that start spectool in as many processes as a training ran in."""
+    if (processes := training.get("processes", 1)) == 1:
+        return ["spectool"]
+    return ["torchrun", "--nproc-per-node", str(processes), "-m", "spectool"]
 
 
 @_if_complete
@@ -256,7 +260,7 @@ def distill_command(record: dict[str, Any]) -> list[str]:
         WriteOptions(out=Path("OUT")),
         WeightsOptions(**_recorded(WeightsOptions, training)),
     ]
-    words = ["spectool", "distill", record["method"], *command_words(*given)]
+    words = [*_spectool(training), "distill", record["method"], *command_words(*given)]
     return words + _own_words(record["options"])
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from spectool.errors import SpectoolError, UnsupportedError, require
@@ -146,6 +147,9 @@ class Store(Protocol):
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read the newest complete state; None without one."""
 
+    def agree(self, due: bool) -> bool:
+        """Return whether the state is stored now, which may depend on other processes."""
+
     def save(self, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         """Replace the stored state."""
 
@@ -215,7 +219,7 @@ class Training:
             self.history.seconds += now - began
             began = now
             wait = max(self.save_seconds, cost / self.save_share)
-            if self.store is not None and now - saved > wait:
+            if self.store is not None and self.store.agree(now - saved > wait):
                 self._save(step)
                 saved = time.monotonic()
                 cost = saved - now
@@ -223,7 +227,7 @@ class Training:
         if self.keep is None:
             with torch.no_grad():
                 for name, parameter in self._parameters().items():
-                    parameter.copy_(self.best[name])
+                    _own_part(parameter).copy_(self.best[name])
         return self.history
 
     def _step(self, step: int) -> Metrics:
@@ -274,16 +278,18 @@ class Training:
             self.best = (self.keep or self._copy)()
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: p.detach().cpu().clone() for name, p in self._parameters().items()}
+        parts = ((name, _own_part(p)) for name, p in self._parameters().items())
+        return {name: part.detach().cpu().clone() for name, part in parts}
 
     def _save(self, step: int) -> None:
         assert self.store is not None
-        tensors = {f"weights.{name}": p.detach() for name, p in self._parameters().items()}
+        parameters = self._parameters().items()
+        tensors = {f"weights.{name}": _own_part(p).detach() for name, p in parameters}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         numbers: dict[str, float] = {}
         for key, value in self._optimizer_state():
             if isinstance(value, Tensor):
-                tensors[key] = value
+                tensors[key] = _own_part(value)
             else:
                 numbers[key] = value
         record = {
@@ -313,7 +319,7 @@ class Training:
         tensors, record = stored
         with torch.no_grad():
             for name, parameter in self._parameters().items():
-                parameter.copy_(tensors[f"weights.{name}"])
+                _own_part(parameter).copy_(tensors[f"weights.{name}"])
         for number, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Any]] = {}
             prefix = f"optimizer.{number}."
@@ -321,6 +327,9 @@ class Training:
                 if key.startswith(prefix):
                     index, _, name = key.removeprefix(prefix).partition(".")
                     state.setdefault(int(index), {})[name] = value
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, values in state.items():
+                state[index] = {k: _as_part(v, parameters[index]) for k, v in values.items()}
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.history = History(record["evaluations"], record["best"], record["seconds"])
@@ -331,3 +340,22 @@ class Training:
         }
         steps_done: int = record["step"]
         return steps_done
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, all of it unless processes split it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_part(value: Any, parameter: Tensor) -> Any:
+    """Return a process's part of a state in the form of its parameter; numbers stay."""
+    if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.ndim):
+        return value
+    return DTensor.from_local(
+        value,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

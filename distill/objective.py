@@ -6,29 +6,37 @@ with the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import random
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.artifact import ArtifactWriter, write_atomically
 from spectool.checkpoint.tensors import read_tensors
 from spectool.distill.processes import ALONE, Processes
-from spectool.report import SILENT, Reporter
+from spectool.report import SILENT, Reporter, TrainingStarts
 from spectool.training import History, Metrics, Recipe, Training
 
 
 class Objective(ABC):
-    """A training, called `name` in reports, of the parameters of `module` that need a gradient."""
+    """A training, called `name` in reports, of the parameters of `module` that need a gradient.
+
+    `is_split`: several processes hold a part of each parameter.
+    """
 
     name: str
     module: nn.Module
     optimizer: torch.optim.Optimizer
     recipe: Recipe
+    is_split = False
+
+    def begin(self) -> None:
+        """Make what is left to make when the training begins."""
 
     @abstractmethod
     def accumulate(self, step: int) -> Metrics:
@@ -61,22 +69,34 @@ def train(
     Raises:
         SpectoolError: the loss is not finite, or the disk is full.
     """
+    objective.begin()
+    if steps := objective.recipe.steps:
+        reporter.event(TrainingStarts(steps, steps * _time_step(objective)))
     training = Training(
         name=objective.name,
         module=objective.module,
         optimizers=[objective.optimizer],
         recipe=objective.recipe,
         accumulate=objective.accumulate,
-        evaluate=objective.evaluate,
+        # All processes must agree on what is best.
+        evaluate=lambda: processes.share(objective.evaluate()),
         reporter=reporter,
-        store=_State(writer, processes),
+        store=_State(writer, processes, is_split=objective.is_split),
     )
     history = training.run()
     objective.write(writer, history)
     return history
 
 
-@contextmanager
+def _time_step(objective: Objective) -> float:
+    """Time the first step, whose gradient is discarded."""
+    began = time.perf_counter()
+    objective.accumulate(0)
+    objective.module.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+@contextlib.contextmanager
 def seeded(seed: int | str, device: torch.device) -> Iterator[None]:
     """Seed torch within a block, by a number or by any text; the state before comes back."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -86,15 +106,18 @@ def seeded(seed: int | str, device: torch.device) -> Iterator[None]:
 
 
 class _State:
-    """Stored training state next to OUT, in two files, of which one is always complete.
+    """Stored training state next to OUT, in two sets of files, of which one is always complete.
 
-    The first process writes; all processes read.
+    A set is one file, which the first process writes and all read, or a file a process where the
+    parameters are split.
     """
 
-    NAMES = ("state-0.safetensors", "state-1.safetensors")
+    NAMES = ("state-0", "state-1")
 
-    def __init__(self, writer: ArtifactWriter | None, processes: Processes) -> None:
-        self.writer, self.processes = writer, processes
+    def __init__(
+        self, writer: ArtifactWriter | None, processes: Processes, *, is_split: bool
+    ) -> None:
+        self.writer, self.processes, self.is_split = writer, processes, is_split
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read the latest state, if any: tensors and report."""
@@ -102,16 +125,43 @@ class _State:
         if self.writer is not None:
             name = max(self.NAMES, key=self._step)
             if self._step(name) >= 0:
-                latest = self.writer.path(name), self.writer.report(name) or {}
+                files = self._files(name)
+                latest = list(map(self.writer.path, files)), self.writer.report(files[0])
         latest = self.processes.share(latest)
-        return None if latest is None else (read_tensors(latest[0]), latest[1])
+        if latest is None:
+            return None
+        paths, report = latest
+        return read_tensors(paths[self.processes.rank if self.is_split else 0]), report
+
+    def agree(self, due: bool) -> bool:
+        """Let the first process decide, since the clocks of all differ."""
+        return self.processes.share(due) if self.is_split else due
 
     def save(self, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
         """Write a state in place of the older of the two."""
+        paths = None
         if self.writer is not None:
-            self.writer.write_shard(min(self.NAMES, key=self._step), tensors, {}, report)
+            files = self._files(min(self.NAMES, key=self._step))
+            paths = list(map(self.writer.path, files))
+        if self.is_split:
+            paths = self.processes.share(paths)
+        if paths is None:
+            return
+        with self.processes.together() if self.is_split else contextlib.nullcontext():
+            sums = write_atomically(paths[self.processes.rank], tensors, {})
+        gathered = self.processes.gather(sums) if self.is_split else [sums]
+        if self.writer is not None:
+            for path, sums in zip(paths, gathered, strict=True):
+                self.writer.add_shard(path.name, sums, report)
+
+    def _files(self, name: str) -> list[str]:
+        """List the files of a state by rank."""
+        count = self.processes.size if self.is_split else 1
+        return [f"{name}{f'-rank-{rank}' if rank else ''}.safetensors" for rank in range(count)]
 
     def _step(self, name: str) -> int:
-        """Return the step after which a state was stored, -1 without a state."""
-        report = None if self.writer is None else self.writer.report(name)
-        return -1 if report is None else int(report["step"])
+        """Return the step after which a state was stored, -1 without a complete one."""
+        assert self.writer is not None
+        reports = [self.writer.report(file) for file in self._files(name)]
+        steps = {-1 if report is None else int(report["step"]) for report in reports}
+        return steps.pop() if len(steps) == 1 else -1

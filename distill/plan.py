@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import disk_usage
 from typing import Any
 
 import torch
 
+from spectool.checkpoint.artifact import free_for
 from spectool.checkpoint.tensors import Checkpoint, hash_json
 from spectool.data.text import check_ids
 from spectool.decode.heads.artifact import check_weights
@@ -185,11 +185,8 @@ def _check_disk(wanted: int, path: Path) -> None:
     Raises:
         UnsupportedError: they do not fit.
     """
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    partial = path.with_name(path.name + ".partial")
-    present = sum(file.stat().st_size for file in partial.glob("features-*"))
-    free = disk_usage(existing).free
-    if wanted - present > free:
+    free = free_for(path)
+    if wanted > free:
         raise UnsupportedError(
             f"{path}: the features take {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
             "there",

@@ -1,8 +1,9 @@
 """Data-parallel processes started by torchrun, or a single process.
 
 Each process takes a part of every step's texts. Sums and counts are reduced, never means, so that
-parts of unequal size are weighted correctly. Only the first process writes and prints; the others
-read its files, so all need the same disk.
+parts of unequal size are weighted correctly. Only the first process prints, and it alone finishes
+files; the others read them, so all need the same disk. Weights that are trained whole are split
+among the processes by torch's FSDP2.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from spectool.errors import SpectoolError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -88,6 +93,25 @@ class Processes:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
 
+    def split(self, model: PreTrainedModel) -> None:
+        """Split a model's parameters among the processes; a pass gathers them block by block.
+
+        From then on all processes must run the same passes, the first of them not in inference
+        mode, and the gradient of a parameter is the mean over the processes.
+        """
+        if self.size == 1:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        from spectool.model.decoder import find_blocks
+
+        mesh = init_device_mesh(model.device.type, (self.size,))
+        for name in find_blocks(model)[1]:
+            fully_shard(model.get_submodule(name), mesh=mesh)
+        # Else the parameters outside the blocks would be whole after a pass without gradients.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
         if self.size == 1:
@@ -121,6 +145,11 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor whose parts the processes may hold; all of them must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

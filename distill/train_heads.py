@@ -38,7 +38,7 @@ from spectool.model.loading import (
     load_tokenizer,
 )
 from spectool.model.meta import read_config
-from spectool.report import SILENT, Reporter, ReporterGroup, TrainingStarts
+from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import Metrics, OptimizerDefaults
 
 
@@ -105,14 +105,12 @@ def train_heads(
                 f"{', '.join(job.data)}: the target generated too little text to evaluate on",
                 hint="give more data, or a larger --held-out",
             )
-        if steps := objective.recipe.steps:
-            reporter.event(TrainingStarts(steps, steps * objective.step_seconds()))
         history = train(objective, writer, processes=processes, reporter=reporter)
     paths = objective.record.tree
     return HeadsReport(
         record=objective.record,
         parameters=sum(parameter.numel() for parameter in objective.heads.parameters()),
-        steps=steps,
+        steps=objective.recipe.steps,
         seconds=time.monotonic() - began,
         tokens_per_forward=objective.measured["score"],
         nodes=min(objective.nodes, len(paths)),

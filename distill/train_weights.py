@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
+from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target, free_for
 from spectool.checkpoint.dense import check_dense
 from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
 from spectool.data.text import check_ids
@@ -24,10 +25,11 @@ from spectool.distill.objectives.base import (
     TextBatches,
     WeightObjective,
     WeightTask,
+    activation_bytes,
     check_writable,
-    training_bytes,
 )
 from spectool.distill.options import WeightsOptions
+from spectool.distill.processes import ALONE, Processes
 from spectool.errors import CheckpointError, UnsupportedError, UsageError
 from spectool.machine import available_memory, reproducible, software_versions
 from spectool.methods import import_method
@@ -51,7 +53,8 @@ class WeightsJob(WeightsOptions):
 class WeightsPlan:
     """Estimate of a training, made before weights are read.
 
-    `trained` parameters change `changed_weights` of the model's `parameters`. `loss_tokens`:
+    `trained` parameters change `changed_weights` of the model's `parameters`. `disk_bytes`: the
+    checkpoint, and what is stored next to it until it is complete. `loss_tokens`:
     training tokens that are in the loss. `generated_tokens`: what the model generates at most
     before the training; `steps` is an estimate then. `seq_len`: maximum tokens of a text, bounded
     by the contexts of the model and its teacher.
@@ -63,6 +66,7 @@ class WeightsPlan:
     changed_tensors: int
     changed_weights: int
     memory_bytes: int
+    disk_bytes: int
     samples: int
     loss_tokens: int
     held_out: int
@@ -95,23 +99,74 @@ def train_weights(
     overwrite: bool = False,
     dry_run: bool = False,
     metrics: Path | None = None,
+    processes: Processes = ALONE,
     reporter: Reporter = SILENT,
 ) -> WeightsReport | None:
     """Train the weights of a dense checkpoint and write them to the directory `out`.
 
     `dry_run`: only report the plan. The metrics of all steps are also written to the file
-    `metrics`.
+    `metrics`. With several `processes` all call this with equal arguments, and the first one
+    writes.
 
     Raises:
         InputError: checkpoint, data or options are unusable, or `out` cannot be written.
         SpectoolError: the loss is not finite, or the disk is full.
     """
     began = time.monotonic()
+    with processes.together():
+        where = processes.device(check_device(device))
+        prepared = _prepare(checkpoint, out, job, where, overwrite, processes, reporter)
+    plan, task, teacher = prepared
+    if dry_run:
+        return None
+    identity = dict(task.record)
+    if metrics is not None and processes.first:
+        lines = MetricsFile(metrics, {"method": job.method, "run": hash_json(identity)})
+        reporter = ReporterGroup(lines, reporter)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reproducible(where))
+        writer: ArtifactWriter | None = None
+        with processes.together():
+            if processes.first:
+                opened = ArtifactWriter(out, identity=identity, overwrite=overwrite)
+                writer = stack.enter_context(opened)
+        task = replace(
+            task,
+            model=_load(checkpoint, where),
+            teacher=None if teacher is None else _load(teacher, where),
+        )
+        objective = import_method(job.method, "objective")(task, job.config)
+        objective.prepare(writer, reporter)
+        history = train(objective, writer, processes=processes, reporter=reporter)
+    assert history.best is not None
+    return WeightsReport(
+        plan=plan,
+        steps=objective.recipe.steps,
+        draft=objective.draft,
+        initial=history.evaluations[0],
+        best=history.best,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    out: Path,
+    job: WeightsJob,
+    device: torch.device,
+    overwrite: bool,
+    processes: Processes,
+    reporter: Reporter,
+) -> tuple[WeightsPlan, WeightTask, Checkpoint | None]:
+    """Read the texts and estimate the cost; return the plan, the task without weights, the teacher.
+
+    Raises:
+        InputError: see `train_weights`.
+    """
     check_target(out, overwrite=overwrite)
     check_paths(checkpoint.path, out)
     check_dense(checkpoint)
-    where = check_device(device)
-    check_optimizer(job.optimizer, where)
+    check_optimizer(job.optimizer, device)
     kind: Any = import_method(job.method, "objective")
     if kind.needs_teacher and job.teacher is None:
         raise UsageError(f"{job.method}: no teacher to learn from", hint="--teacher MODEL")
@@ -130,38 +185,20 @@ def train_weights(
         architecture=architecture,
         texts=texts,
         learning_rate=job.learning_rate,
-        device=where,
+        device=device,
         optimizer=job.optimizer,
         seed=job.seed,
-        record={},
+        record=_make_identity(checkpoint, job, texts, teacher, device, processes),
+        processes=processes,
     )
     plan = _make_plan(job, task, teacher)
-    reporter.plan(plan)
-    if dry_run:
-        return None
-    identity = _make_identity(checkpoint, job, texts, teacher, where)
-    if metrics is not None:
-        lines = MetricsFile(metrics, {"method": job.method, "run": hash_json(identity)})
-        reporter = ReporterGroup(lines, reporter)
-    with reproducible(where), ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
-        task = replace(
-            task,
-            model=_load(checkpoint, where),
-            teacher=None if teacher is None else _load(teacher, where),
-            record=identity,
+    if plan.disk_bytes > (free := free_for(out)):
+        raise UnsupportedError(
+            f"{out}: the training stores about {plan.disk_bytes / 1e9:.1f} GB there, and "
+            f"{free / 1e9:.1f} GB are free"
         )
-        objective = kind(task, job.config)
-        objective.prepare(writer, reporter)
-        history = train(objective, writer, reporter=reporter)
-    assert history.best is not None
-    return WeightsReport(
-        plan=plan,
-        steps=objective.recipe.steps,
-        draft=objective.draft,
-        initial=history.evaluations[0],
-        best=history.best,
-        seconds=time.monotonic() - began,
-    )
+    reporter.plan(plan)
+    return plan, task, teacher
 
 
 def _load(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
@@ -225,16 +262,28 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     changed = objective.weights.changed()
     check_writable(architecture, changed)
     table: Any = architecture.model.get_input_embeddings()
-    # Of trained parameters also the gradient, the optimizer's moments, and three copies: the best,
-    # and two while they are stored; logits with their gradient and log probabilities.
-    needed = training_bytes(architecture, job.batch_tokens)
-    needed += (16 + OPTIMIZERS[job.optimizer]) * trained + 4 * objective.frozen_copies * parameters
-    copies = 6 if teacher is not None or objective.frozen_copies else 3
-    needed += 4 * copies * table.num_embeddings * job.batch_tokens
+    models = (1 + objective.frozen_copies) * parameters
     if teacher is not None:
         config, trusted = read_config(teacher), teacher.trust_remote_code
         model = build_meta(config, trust_remote_code=trusted)
-        needed += 4 * sum(p.numel() for p in model.parameters())
+        models += sum(p.numel() for p in model.parameters())
+    # Of trained parameters also the gradient, the optimizer's moments, and three copies: the best,
+    # and two while they are stored.
+    held = 4 * (models + parameters) + (16 + OPTIMIZERS[job.optimizer]) * trained
+    if objective.weights.can_split and task.processes.size > 1:
+        if job.optimizer != "adamw":
+            raise UsageError(
+                f"--optimizer {job.optimizer} does not take weights that are split among processes",
+                hint="--optimizer adamw",
+            )
+        # Models are whole until the training begins.
+        held = max(held // task.processes.size, 4 * models)
+    # Logits with their gradient and log probabilities.
+    copies = 6 if teacher is not None or objective.frozen_copies else 3
+    logits = 4 * copies * table.num_embeddings * job.batch_tokens
+    needed = held + activation_bytes(architecture, job.batch_tokens) + logits
+    if task.device.type == "cpu":
+        needed *= task.processes.local_size
     free = available_memory(task.device)
     if needed > free:
         raise UnsupportedError(
@@ -249,6 +298,9 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         changed_tensors=len(changed),
         changed_weights=sum(tensor.numel() for tensor in changed.values()),
         memory_bytes=needed,
+        # Two states: the weights, the best of them and the optimizer's moments.
+        disk_bytes=sum(path.stat().st_size for path in task.source.layout.files)
+        + 2 * (8 + OPTIMIZERS[job.optimizer]) * trained,
         samples=len(texts.samples),
         loss_tokens=sum(sum(sample.loss_mask) for sample in texts.samples),
         held_out=sum(map(len, texts.held_out)),
@@ -264,6 +316,7 @@ def _make_identity(
     texts: TextBatches,
     teacher: Checkpoint | None,
     device: torch.device,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of OUT, without paths."""
     everything: Sequence[Sample] = [*texts.samples, *(s for b in texts.held_out for s in b)]
@@ -276,6 +329,7 @@ def _make_identity(
         "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "device": device.type,
+        "processes": processes.size,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
         "versions": software_versions(),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,15 +25,21 @@ from spectool.errors import require, silence_logger
 
 if TYPE_CHECKING:
     from spectool.distill.objectives.base import WeightTask
+    from spectool.distill.processes import Processes
 
 
 class TrainedWeights(ABC):
     """The parameters of a task's model that a training changes.
 
     `module` is called as the model; its parameters that require a gradient are trained.
+    `can_split`: several processes may hold a part of each, instead of all of them.
     """
 
     module: nn.Module
+    can_split: ClassVar[bool] = False
+
+    def split(self, processes: Processes) -> None:
+        """Split the parameters among several processes, if they can be split."""
 
     @abstractmethod
     def changed(self) -> dict[str, Tensor]:
@@ -49,12 +55,17 @@ class FullWeights(TrainedWeights):
     A parameter that is stored in parts, as fused experts are, cannot be written back and stays.
     """
 
+    can_split = True
+
     def __init__(self, task: WeightTask, wanted: Callable[[str], bool] = lambda name: True) -> None:
         origins = task.architecture.origins
-        self.module = task.model
+        self.task, self.module = task, task.model
         for name, parameter in task.model.named_parameters():
             is_whole = name in origins and origins[name].converter is None
             parameter.requires_grad_(is_whole and wanted(name))
+
+    def split(self, processes: Processes) -> None:
+        processes.split(self.task.model)
 
     def changed(self) -> dict[str, Tensor]:
         """Return the trained parameters."""

@@ -271,6 +271,14 @@ def check_target(out: Path, *, overwrite: bool) -> None:
             )
 
 
+def free_for(out: Path) -> int:
+    """Return the bytes free on the disk of OUT for a run, its own unfinished files included."""
+    path = out.absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    unfinished = out.with_name(out.name + ".partial").glob("*")
+    return shutil.disk_usage(existing).free + sum(file.stat().st_size for file in unfinished)
+
+
 def check_paths(source: Path, out: Path) -> None:
     """Raise a UsageError if one directory contains the other, or they are the same."""
     source_path, out_path = source.resolve(), out.resolve()

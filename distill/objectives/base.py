@@ -1,7 +1,8 @@
 """Base of the objectives that change a model's weights, trained on text or on a teacher.
 
 The loss of a step is the mean over its tokens in the loss of -log p(token), or with a teacher of
-KL(teacher || model).
+KL(teacher || model). Of several processes each computes a part of the step's texts, and its losses
+are parts of that mean: their sum over the processes is the loss.
 Shapes: B texts of a batch, L tokens, R tokens in the loss, V vocabulary.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter
@@ -22,6 +23,7 @@ from spectool.checkpoint.dense import write_dense
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.distill.data.samples import HasTokens, Sample, pad
 from spectool.distill.objective import Objective, seeded
+from spectool.distill.processes import ALONE, Processes, whole
 from spectool.distill.weights import TrainedWeights
 from spectool.errors import UnsupportedError
 from spectool.model.architecture import Architecture
@@ -52,7 +54,8 @@ class WeightTask:
 
     `model` is trained, in float32. `source`, of `architecture`, is the checkpoint whose files are
     written again with the changed weights. `learning_rate` None: the objective's default. `record`
-    is stored with the result. `optimizer` is one of `training.OPTIMIZERS`.
+    is stored with the result. `optimizer` is one of `training.OPTIMIZERS`. All `processes` are
+    given the same.
     """
 
     name: str
@@ -60,12 +63,13 @@ class WeightTask:
     source: Checkpoint
     architecture: Architecture
     texts: TextBatches
-    teacher: nn.Module | None = None
+    teacher: PreTrainedModel | None = None
     learning_rate: float | None = None
     device: torch.device
     seed: int
     record: Mapping[str, Any]
     optimizer: str = "adamw"
+    processes: Processes = ALONE
 
 
 class WeightObjective(Objective):
@@ -87,6 +91,23 @@ class WeightObjective(Objective):
     def __init__(self, task: WeightTask, weights: TrainedWeights) -> None:
         self.task, self.name = task, task.name
         self.weights, self.module = weights, weights.module
+        self.batches = task.texts.group(task.texts.samples)
+        self.recipe = make_recipe(len(self.batches))
+
+    def prepare(self, writer: ArtifactWriter | None, reporter: Reporter) -> None:
+        """Make what the training needs besides texts, with the model as it is before training.
+
+        Parts that are stored in the writer's directory are not made again by a resumed run. Only
+        the first of several processes has a writer.
+        """
+
+    def begin(self) -> None:
+        """Split what is trained among the processes, and make the optimizer of each one's part."""
+        task = self.task
+        self.weights.split(task.processes)
+        self.is_split = self.weights.can_split and task.processes.size > 1
+        if task.teacher is not None:
+            task.processes.split(task.teacher)
         self.optimizer = make_optimizer(
             task.optimizer,
             [p for p in self.module.parameters() if p.requires_grad],
@@ -94,53 +115,59 @@ class WeightObjective(Objective):
             betas=(0.9, 0.999),
             weight_decay=0.0,
         )
-        self.batches = task.texts.group(task.texts.samples)
-        self.recipe = make_recipe(len(self.batches))
-
-    def prepare(self, writer: ArtifactWriter, reporter: Reporter) -> None:
-        """Make what the training needs besides texts, with the model as it is before training.
-
-        Parts that are stored in the writer's directory are not made again by a resumed run.
-        """
 
     def accumulate(self, step: int) -> Metrics:
-        """Add a step's gradients; dropout depends on seed and step only."""
+        """Add a step's gradients; dropout depends on seed, step and process only."""
         samples = [self.task.texts.samples[i] for i in self.batches[step]]
         self.module.train()
-        with seeded(f"{self.task.seed}/{step}", self.task.device):
-            nats, divergence = self.losses(samples)
-            loss = nats if divergence is None else divergence
-            torch.autograd.backward(loss)
-        tokens = sum(len(sample.tokens) for sample in samples)
-        return {"loss": float(loss.detach()), "tokens": tokens}
+        with seeded(self._seed(step), self.task.device):
+            nats, kl = self.losses(samples)
+            loss = nats if kl is None else kl
+            self.backward(loss)
+        (total,) = self.task.processes.sum([float(loss.detach())])
+        return {"loss": total, "tokens": sum(len(sample.tokens) for sample in samples)}
+
+    def _seed(self, step: int) -> str:
+        """Return what seeds a step; the first process draws the same numbers as a single one."""
+        seed, rank = f"{self.task.seed}/{step}", self.task.processes.rank
+        return f"{seed}/{rank}" if rank else seed
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the sum over the processes of `loss`."""
+        processes = self.task.processes
+        # Gradients of split parameters are means over the processes.
+        torch.autograd.backward(processes.size * loss if self.is_split else loss)
+        if not self.is_split:
+            processes.sum_gradients(p for p in self.module.parameters() if p.requires_grad)
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
         """Return the held-out perplexity and, with a teacher, `kl`; the score is minus the loss."""
         self.module.eval()
-        total = nats = divergence = 0.0
+        total = nats = kl = 0.0
         for samples in self.task.texts.held_out:
             count = sum(sum(sample.loss_mask[1:]) for sample in samples)
-            mean_nats, mean_divergence = self.losses(samples)
+            mean_nats, mean_kl = self.losses(samples)
             nats += float(mean_nats) * count
-            divergence += 0.0 if mean_divergence is None else float(mean_divergence) * count
+            kl += 0.0 if mean_kl is None else float(mean_kl) * count
             total += count
-        perplexity = math.exp(nats / total)
+        nats, kl = (each / total for each in self.task.processes.sum([nats, kl]))
+        perplexity = math.exp(nats)
         if self.task.teacher is None:
-            return {"score": -nats / total, "perplexity": perplexity}
-        kl = divergence / total
+            return {"score": -nats, "perplexity": perplexity}
         return {"score": -kl, "perplexity": perplexity, "kl": kl}
 
     def write(self, writer: ArtifactWriter | None, history: History) -> None:
         """Write the source checkpoint with the changed tensors, and measure those once more."""
-        assert writer is not None, "runs in one process"
         assert history.best is not None
         replaced: dict[str, Tensor] = {}
         for name, tensor in self.weights.changed().items():
             for stored in self.task.architecture.stored_names(name):
                 # A half type rounds small updates away: what is reported is what was written.
-                entry = self.task.source.layout.tensors[stored]
-                replaced[stored] = tensor.copy_(tensor.to(torch_dtype(entry)))
+                dtype = torch_dtype(self.task.source.layout.tensors[stored])
+                written = whole(tensor.copy_(tensor.to(dtype)))
+                if writer is not None:
+                    replaced[stored] = written.to("cpu", dtype)
         self.module = self.weights.module
         history.best = {**history.best, **self.evaluate()}
         training = {
@@ -149,14 +176,24 @@ class WeightObjective(Objective):
             "evaluations": history.evaluations,
             "best": history.best,
         }
-        write_dense(writer, self.task.source, replaced, training)
+        if writer is not None:
+            write_dense(writer, self.task.source, replaced, training)
 
     def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
-        """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL."""
-        tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
+        """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL.
+
+        Of several processes each returns its part of the means.
+        """
+        total = max(1, sum(sum(sample.loss_mask[1:]) for sample in samples))
+        part = self.task.processes.part(samples)
+        tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(part or samples[:1]))
+        if not part:
+            # A process without a text takes part in the passes of the others.
+            loss_mask_BL = torch.zeros_like(loss_mask_BL)
         logits_BLV = read_logits(self.module, tokens_BL)
         labels_BL = tokens_BL[:, 1:].masked_fill(~loss_mask_BL[:, 1:], -100)
-        nats = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten())
+        flat = logits_BLV.flatten(0, 1), labels_BL.flatten()
+        nats = F.cross_entropy(*flat, reduction="sum") / total
         if self.task.teacher is None:
             return nats, None
         with torch.no_grad():
@@ -166,12 +203,14 @@ class WeightObjective(Objective):
         teacher_RV, logits_RV = (
             each[loss_mask_BL[:, 1:]][:, :size] for each in (teacher_BLV, logits_BLV)
         )
-        return nats, F.kl_div(
-            logits_RV.log_softmax(-1),
-            teacher_RV.log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        )
+        return nats, divergence(teacher_RV, logits_RV) / total
+
+
+def divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
+    """Return the sum over rows of KL(teacher || student) of logits."""
+    return F.kl_div(
+        student_RV.log_softmax(-1), teacher_RV.log_softmax(-1), reduction="sum", log_target=True
+    )
 
 
 def make_recipe(steps: int, warmup: float = 0.1) -> Recipe:
@@ -196,8 +235,13 @@ def check_writable(architecture: Architecture, names: Iterable[str]) -> None:
             raise UnsupportedError(f"{name} is stored in parts that cannot be written back")
 
 
+def activation_bytes(architecture: Architecture, tokens: int) -> int:
+    """Estimate the bytes of the activations that a step's tokens leave for the backward pass."""
+    blocks = (architecture.block_matrices(block) for block in architecture.blocks)
+    return sum(saved_bytes(architecture.model, block, tokens) for block in blocks)
+
+
 def training_bytes(architecture: Architecture, tokens: int) -> int:
     """Estimate the bytes of training: weights, changed weights, activations of a step's tokens."""
-    blocks = (architecture.block_matrices(block) for block in architecture.blocks)
-    saved = sum(saved_bytes(architecture.model, block, tokens) for block in blocks)
-    return 8 * sum(p.numel() for p in architecture.model.parameters()) + saved
+    weights = sum(p.numel() for p in architecture.model.parameters())
+    return 8 * weights + activation_bytes(architecture, tokens)

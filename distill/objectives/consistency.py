@@ -64,11 +64,11 @@ from spectool.distill.data.trajectories import (
 from spectool.distill.objectives.base import (
     WeightObjective,
     WeightTask,
+    divergence,
     make_recipe,
     read_logits,
 )
 from spectool.distill.objectives.lora import LoRA
-from spectool.distill.processes import ALONE
 from spectool.distill.weights import FullWeights, LowRankUpdates
 from spectool.errors import TextError, UsageError
 from spectool.options import option
@@ -175,7 +175,7 @@ class Consistency(WeightObjective):
         self.trajectories: Sequence[Trajectory] = full
         self._group()
 
-    def prepare(self, writer: ArtifactWriter, reporter: Reporter) -> None:
+    def prepare(self, writer: ArtifactWriter | None, reporter: Reporter) -> None:
         """Collect the trajectories of the model as it is.
 
         Raises:
@@ -189,7 +189,8 @@ class Consistency(WeightObjective):
             self.original: Any = copy.deepcopy(model)
             self.original.requires_grad_(False)
             self.original.train(False)
-        stored = GroupWriter(writer, ALONE, reporter, as_tensors, as_trajectories)
+        processes = self.task.processes
+        stored = GroupWriter(writer, processes, reporter, as_tensors, as_trajectories)
         collected = stored(
             "trajectories",
             self.given,
@@ -204,7 +205,8 @@ class Consistency(WeightObjective):
         )
         self.trajectories = list({tuple(each.text): each for each in collected}.values())
         if not self.trajectories:
-            writer.delete()
+            if writer is not None:
+                writer.delete()
             raise TextError(
                 f"none of {len(self.given)} prompts is left: the texts that the model generates "
                 "end or repeat themselves at once",
@@ -212,6 +214,11 @@ class Consistency(WeightObjective):
             )
         reporter.event(_describe(self.given, self.trajectories))
         self._group()
+
+    def begin(self) -> None:
+        super().begin()
+        if self.frozen_copies:
+            self.task.processes.split(self.original)
 
     def _group(self) -> None:
         """Group the trajectories into the batches of the steps."""
@@ -224,13 +231,13 @@ class Consistency(WeightObjective):
         rows = [self.make_row(self.trajectories[i], rng) for i in self.batches[step]]
         # Without dropout: it would make clean and noisy predictions differ where nothing is wrong.
         self.module.eval()
-        consistency, anchor = self.row_losses(rows)
-        loss = consistency + self.config.ar_weight * anchor
-        torch.autograd.backward(loss)
+        parts = self.row_losses(rows)
+        self.backward(parts[0] + self.config.ar_weight * parts[1])
+        consistency, anchor = self.task.processes.sum([float(part.detach()) for part in parts])
         return {
-            "loss": float(loss.detach()),
-            "consistency": float(consistency.detach()),
-            "anchor": float(anchor.detach()),
+            "loss": consistency + self.config.ar_weight * anchor,
+            "consistency": consistency,
+            "anchor": anchor,
             "tokens": sum(row.size for row in rows),
         }
 
@@ -287,10 +294,17 @@ class Consistency(WeightObjective):
         return min(points, key=lambda point: abs(noise(point, points[-1]) - wanted))
 
     def row_losses(self, rows: Sequence[NoisyRow]) -> tuple[Tensor, Tensor]:
-        """Return the loss of consistency and the anchor, means over their tokens."""
-        layout = lay_out(rows, self.config.block)
+        """Return the loss of consistency and the anchor, means over their tokens.
+
+        Of several processes each returns its part of the means.
+        """
+        processes = self.task.processes
+        # A process without a row takes part in the passes of the others.
+        part = processes.part(rows) or rows[:1]
+        weight = float(processes.rank < len(rows))
+        layout = lay_out(part, self.config.block)
         visible_BLL = layout.visible_BLL.to(self.task.device)
-        masks = self._target.masks([0] * len(rows), layout.positions_BL, visible_BLL)
+        masks = self._target.masks([0] * len(part), layout.positions_BL, visible_BLL)
 
         def read_rows(model: Any) -> Tensor:
             logits: Tensor = model(
@@ -308,14 +322,16 @@ class Consistency(WeightObjective):
             disabled = lora.disable_adapter() if is_lora else contextlib.nullcontext()
             with torch.no_grad(), disabled:
                 original_BLV = read_rows(self.module if is_lora else self.original)
-            anchor = _divergence(original_BLV, logits_BLV, layout.plain_rows, layout.plain_rows)
+            anchor = divergence(original_BLV[layout.plain_rows], logits_BLV[layout.plain_rows])
+            anchored = len(layout.plain_rows[0])
         else:
             labels_R = layout.labels_R.to(logits_BLV.device)
-            anchor = F.cross_entropy(logits_BLV[layout.label_rows], labels_R)
-        if not len(layout.noisy_rows[0]):
-            return anchor.new_zeros(()), anchor
-        clean_BLV = logits_BLV.detach()
-        return _divergence(clean_BLV, logits_BLV, layout.clean_rows, layout.noisy_rows), anchor
+            anchor = F.cross_entropy(logits_BLV[layout.label_rows], labels_R, reduction="sum")
+            anchored = len(labels_R)
+        clean_RV = logits_BLV.detach()[layout.clean_rows]
+        consistency = divergence(clean_RV, logits_BLV[layout.noisy_rows])
+        counts = processes.sum([weight * len(clean_RV), weight * anchored])
+        return weight * consistency / max(1.0, counts[0]), weight * anchor / counts[1]
 
     @torch.no_grad()
     def _likeliest(self) -> list[Tensor]:
@@ -348,21 +364,6 @@ class Consistency(WeightObjective):
                     forwards += 1
             tokens += done
         return tokens / forwards
-
-
-def _divergence(
-    teacher_BLV: Tensor,
-    student_BLV: Tensor,
-    teacher_rows: tuple[Tensor, Tensor],
-    student_rows: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Return the mean over rows of KL(teacher || student) of logits."""
-    return F.kl_div(
-        student_BLV[student_rows].log_softmax(-1),
-        teacher_BLV[teacher_rows].log_softmax(-1),
-        reduction="batchmean",
-        log_target=True,
-    )
 
 
 def _describe(prompts: Sequence[Any], trajectories: Sequence[Trajectory]) -> TrajectoriesCollected:

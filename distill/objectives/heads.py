@@ -5,7 +5,6 @@ Shapes: R positions in texts, K heads.
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -148,13 +147,6 @@ class HeadsObjective(Objective):
             "accuracy": right_RK.mean(0).tolist(),
             "conditional": (reached_RK.sum(0) / before_K.clamp(min=1)).tolist(),
         }
-
-    def step_seconds(self) -> float:
-        """Time the first step, whose gradient is discarded."""
-        start = time.perf_counter()
-        self.accumulate(0)
-        self.heads.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
 
     def write(self, writer: ArtifactWriter | None, history: History) -> None:
         """Write the heads in the target's dtype, with their accuracy, best tree and record."""

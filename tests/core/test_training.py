@@ -36,6 +36,9 @@ class Memory:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return self.states[-1] if self.states else None
 
+    def agree(self, due: bool) -> bool:
+        return due
+
     def save(self, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         copied = {**record, "evaluations": list(record["evaluations"])}
         self.states.append(({name: t.clone() for name, t in tensors.items()}, copied))

@@ -183,7 +183,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     source = checkpoint("llama")
     train(name, source, "whole", steps=5)
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    with stopped(ArtifactWriter, "write_shard", after=2, only="state"):
+    with stopped(ArtifactWriter, "add_shard", after=2, only="state"):
         train(name, source, steps=5)
     assert not (tmp_path / "out").exists()
     train(name, source, steps=5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,8 +221,7 @@ def test_too_little_text_leaves_neither_store_nor_heads(
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "free")(1000)
-    monkeypatch.setattr(plan, "disk_usage", lambda store_path: usage)
+    monkeypatch.setattr(plan, "free_for", lambda path: 1000)
     for kind in ("hybrid", f"offline:{tmp_path / 'features'}"):
         with pytest.raises(UnsupportedError, match=r"features take .* GB, and 0\.0 GB are free"):
             train(checkpoint("llama"), features=kind)

@@ -85,6 +85,66 @@ def test_two_processes_train_as_one(
     assert all(torch.equal(again[name], value) for name, value in first.items())
 
 
+def alone(script: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run the script in one process."""
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def weights_command(source: Path, teacher: Path, out: Path, kind: str) -> tuple[object, ...]:
+    """Return the beginning of a training of weights; updates are not split, all weights are."""
+    if kind == "logits":
+        return "distill", "logits", source, out, "--teacher", teacher
+    own = ("--lora", 4) if kind == "updates" else ("--ar-weight", 1)
+    return "distill", "consistency", source, out, "--block", 4, "--new-tokens", 16, *own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("logits", "llama-tied"),
+        ("consistency", "qwen3"),
+        ("consistency", "gpt2"),
+        ("updates", "llama"),
+    ],
+)
+def test_two_processes_train_weights_as_one(
+    checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path, kind: str, family: str
+) -> None:
+    """Also where a step has a single text, so that one process has none."""
+    source, teacher = checkpoint(family), checkpoint(family, seed=1)
+    words = (
+        "--data", data, "--seq-len", 64, "--batch-tokens", 140, "--held-out", 4, "--steps", 8,
+        "--learning-rate", 1e-3, "--json",
+    )  # fmt: skip
+    lines = {}
+    for name, run in (("one", alone), ("two", torchrun)):
+        metrics = tmp_path / f"{name}.jsonl"
+        command = weights_command(source, teacher, tmp_path / name, kind)
+        done = run(script, *command, *words, "--metrics", metrics)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] == 8
+        lines[name] = [json.loads(line) for line in metrics.read_text().splitlines()[1:]]
+    for first, second in zip(lines["one"], lines["two"], strict=True):
+        for one, two in ((first, second), (first.get("held_out", {}), second.get("held_out", {}))):
+            times = {"seconds", "tokens_per_second"}
+            numbers = {k: v for k, v in one.items() if isinstance(v, float) and k not in times}
+            close = pytest.approx(numbers, abs=1e-5, rel=1e-5)
+            assert {key: two[key] for key in numbers} == close
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    before = load_file(source / "model.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in one.items())
+    for name, value in one.items():
+        # The gradient of a bias of keys is rounding only, which Adam takes for a direction.
+        if not name.endswith("c_attn.bias"):
+            torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
+
+
 def test_one_process_has_nobody_to_ask() -> None:
     assert ALONE.first and ALONE.part([1, 2, 3]) == [1, 2, 3]
     assert ALONE.sum([1, 2.5]) == [1, 2.5] and ALONE.gather("x") == ["x"]
@@ -166,27 +226,30 @@ def test_what_two_processes_tell_each_other() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["heads", "logits", "consistency", "updates"])
 def test_two_processes_stop_and_go_on(
-    checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path
+    checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path, kind: str
 ) -> None:
-    """Both read the state that the first one stored; the bytes equal those without interruption."""
+    """Both read the state that was stored; the bytes equal those without interruption."""
     script.write_text(
         "import sys, spectool.training as t\n"
         "t.Training.__init__.__kwdefaults__['save_seconds'] = -1\n"
         "t.Training.__init__.__kwdefaults__['save_share'] = float('inf')\n"
-        "from spectool.distill.objectives.heads import HeadsObjective\n"
-        "accumulate, stop = HeadsObjective.accumulate, 'stopping' in sys.argv[4]\n"
-        "def failing(self, step):\n"
-        "    if stop and step == 5: raise RuntimeError('pulled the plug')\n"
-        "    return accumulate(self, step)\n"
-        "HeadsObjective.accumulate = failing\n"
+        "step, stop = t.Training._step, 'stopping' in sys.argv[4]\n"
+        "def failing(self, number):\n"
+        "    if stop and number == 5: raise RuntimeError('pulled the plug')\n"
+        "    return step(self, number)\n"
+        "t.Training._step = failing\n"
         "from spectool.cli import main\n"
         "sys.argv[4] = sys.argv[4].removesuffix('stopping'); main()\n"
     )
     words = ("--steps", 9, "--seq-len", 64, "--batch-tokens", 256, "--held-out", 4)
-    start = ("train-heads", "medusa", checkpoint("llama"))
+    source, teacher = checkpoint("llama"), checkpoint("llama", seed=1)
     for out in ("whole", "outstopping", "out"):
-        done = torchrun(script, *start, tmp_path / out, "--data", data, *words)
+        command = weights_command(source, teacher, tmp_path / out, kind)
+        if kind == "heads":
+            command = ("train-heads", "medusa", source, tmp_path / out)
+        done = torchrun(script, *command, "--data", data, *words)
         assert (done.returncode == 0) == (out != "outstopping"), done.stderr
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     train(source, "whole", regenerate=True)
     all_texts = written[0]
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    with stopped(ArtifactWriter, "write_shard", after=stop):
+    with stopped(ArtifactWriter, "add_shard", after=stop):
         train(source, regenerate=True)
     assert not (tmp_path / "out").exists()
     shards = json.loads((tmp_path / "out.partial.json").read_text())["shards"]

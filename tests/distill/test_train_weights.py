@@ -236,7 +236,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     source = checkpoint("llama")
     train(source, tmp_path / "whole", text, method, steps=6)
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    with stopped(ArtifactWriter, "write_shard", after=4, only="state"):
+    with stopped(ArtifactWriter, "add_shard", after=4, only="state"):
         train(source, tmp_path / "out", text, method, steps=6)
     assert not (tmp_path / "out").exists()
     train(source, tmp_path / "out", text, method, steps=6)
@@ -253,7 +253,7 @@ def test_trajectories_that_were_collected_are_not_collected_again(
     train(source, tmp_path / "whole", text, "consistency", steps=2)
     total = groups[0]
     assert total > 3
-    with stopped(ArtifactWriter, "write_shard", after=2, only="trajectories"):
+    with stopped(ArtifactWriter, "add_shard", after=2, only="trajectories"):
         train(source, tmp_path / "out", text, "consistency", steps=2)
     # Two groups were stored, and the third was lost.
     assert groups[0] == total + 3
@@ -282,6 +282,10 @@ def test_what_is_refused(
         patch.setattr("spectool.distill.train_weights.available_memory", lambda device: 1000)
         with pytest.raises(UnsupportedError, match="training in float32 takes about"):
             train(source, out, text)
+    with monkeypatch.context() as patch:
+        patch.setattr("spectool.distill.train_weights.free_for", lambda out: 1000)
+        with pytest.raises(UnsupportedError, match="the training stores about"):
+            train(source, out, text)
     train(source, out, text, steps=1)
     with pytest.raises(UsageError, match="exists already"):
         train(source, out, text)
@@ -298,6 +302,9 @@ def test_the_command_shows_its_plan_trains_and_says_what_changed(
     assert done.exit_code == 0 and "plan: lora (rank=4)" in done.stderr and not out.exists()
     planned = json.loads(done.stdout)
     assert planned["dry_run"] and planned["steps"] == 6
+    weights_bytes = (source / "model.safetensors").stat().st_size
+    # Two states of four float32 tensors.
+    assert planned["disk_bytes"] == weights_bytes + 32 * planned["trained"]
     done = CliRunner().invoke(app, [*words, "--json"])
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
