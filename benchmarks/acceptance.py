@@ -1,11 +1,12 @@
 """Measure an acceptance head: chains of fixed lengths against chains that the head ends.
 
-    python benchmarks/acceptance.py --shared FOLDER [--target DIR --draft DIR] [--steps N]
+    python benchmarks/acceptance.py --shared FOLDER [--out DIR] [--draft DIR] [--steps N]
         [--prompts N] [--tokens N] [--temperatures T ...] [--name NAME]
 
-Without --target, the pair is `babyllama-char-a` with `babyllama-char-b` of FOLDER/models (see its
-README). For each temperature a head is trained on FOLDER's training stories. Then beginnings of
-held-out stories are continued, one at a time, with chains of 1 to 8 tokens and with chains of at
+The target is `codestory-10M` of FOLDER/models (see its README), of 8 layers. Without --draft its
+draft model is made of its first two, by 160 steps of `distill logits` on FOLDER's training stories
+in DIR. For each temperature a head is trained on the same stories. Then beginnings of held-out
+stories are continued, one at a time, with chains of 1 to 8 tokens and with chains of at
 most 16 tokens that the head ends at several thresholds. Greedy texts are cut where plain decoding
 begins to repeat itself, and must equal plain decoding.
 
@@ -20,6 +21,7 @@ import argparse
 import gzip
 import json
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ from typing import Any
 import record
 import torch
 from main_job import RESULTS, spectool
+from safetensors.torch import load_file, save_file
 
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
@@ -39,6 +42,8 @@ LENGTHS = range(1, 9)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LONGEST = 16
 TEXTS = 3000
+# Layers of the draft model.
+LAYERS = 2
 
 
 class Clock:
@@ -63,23 +68,21 @@ class Clock:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--target", type=Path)
     parser.add_argument("--draft", type=Path)
     parser.add_argument("--out", type=Path, default=Path("build/acceptance"))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--name", default="acceptance-char")
+    parser.add_argument("--name", default="acceptance-2-core-cpu")
     given = parser.parse_args()
-    target = given.target or given.shared / "models/babyllama-char-a"
-    draft = given.draft or given.shared / "models/babyllama-char-b"
+    target = given.shared / "models/codestory-10M"
     given.out.mkdir(parents=True, exist_ok=True)
     text = given.out / "stories.jsonl"
     text.write_text("".join(read_stories(given.shared, TEXTS)), "utf-8")
+    draft = given.draft or make_draft(target, text, given.out)
     report: dict[str, Any] = {
         "target": target.name,
-        "draft": draft.name,
         "machine": describe(),
         "threads": torch.get_num_threads(),
         "options": {key: getattr(given, key) for key in ("steps", "prompts", "tokens")},
@@ -88,14 +91,42 @@ def main() -> None:
         head = given.out / f"{given.name}-{temperature}"
         trained = spectool(
             "train-heads", "acceptance", target, head, "--draft-model", draft, "--data", text,
-            "--temperature", temperature, "--steps", given.steps, "--batch-tokens", 2048,
-            "--seq-len", 256, "--held-out", 64, "--learning-rate", "3e-3", "--dtype", "float32",
+            "--temperature", temperature, "--steps", given.steps, "--batch-tokens", 1024,
+            "--seq-len", 256, "--held-out", 32, "--learning-rate", "3e-3", "--dtype", "float32",
             "--overwrite",
         )  # fmt: skip
         measured = measure(target, draft, head, given, temperature)
         report[f"temperature {temperature:g}"] = {"training": trained, **measured}
         record.write(RESULTS / f"{given.name}.json", report)
         print(json.dumps(measured["best"]), flush=True)
+
+
+def make_draft(target: Path, text: Path, out: Path) -> Path:
+    """Make a draft model of the target's first layers, and let it learn the target's probabilities.
+
+    Returns its directory.
+    """
+    first, draft = out / "first-layers", out / "draft"
+    shutil.copytree(target, first, dirs_exist_ok=True)
+    tensors = load_file(target / "model.safetensors")
+    layers = tuple(f"model.layers.{layer}." for layer in range(LAYERS))
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("model.layers.") or name.startswith(layers)
+    }
+    save_file(kept, first / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["num_hidden_layers"] = LAYERS
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:LAYERS]
+    (first / "config.json").write_text(json.dumps(config))
+    spectool(
+        "distill", "logits", first, draft, "--teacher", target, "--data", text, "--steps", 160,
+        "--batch-tokens", 2048, "--seq-len", 256, "--learning-rate", "1e-3", "--held-out", 8,
+        "--overwrite",
+    )  # fmt: skip
+    return draft
 
 
 def read_stories(shared: Path, count: int) -> list[str]:

@@ -23,6 +23,7 @@ from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
+from spectool.decode.heads.acceptance import AcceptanceHead
 from spectool.decode.options import SamplingParams
 from spectool.decode.sampling import Draws, StepRandom
 from spectool.decode.tree import Draft, Kind
@@ -114,6 +115,8 @@ PAIRS = {
     "tuned": "ngram+recycle:tune",
     "chain": DraftModelDrafter.Config(depth=2),
     "chain+token-match": DraftModelDrafter.Config(depth=2),
+    "chain ended": DraftModelDrafter.Config(depth=3, threshold=0.5),
+    "chain ended+token-match": DraftModelDrafter.Config(depth=3, threshold=0.5),
     "iid": DraftModelDrafter.Config(depth=2, tree="iid", width=3),
     "iid+k-seq": DraftModelDrafter.Config(depth=2, tree="iid", width=3),
     "iid of few nodes": DraftModelDrafter.Config(depth=3, tree="iid", width=3, nodes=4),
@@ -122,7 +125,21 @@ PAIRS = {
     "rsd-s+token-match": DraftModelDrafter.Config(depth=3, tree="rsd-s", width=2),
 }
 # The most general pairs run every time, all of them with `-m slow`.
-FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s"]
+FEW = ["none", "ngram+rejection", "jacobi", "chain", "chain ended", "rsd-s"]
+
+
+class Adversary(AcceptanceHead):
+    """Head that ends a chain of `toy(4)` at token 2, for certain, and never elsewhere."""
+
+    def __init__(self) -> None:
+        embedding = toy(4).get_input_embeddings().weight.detach()
+        super().__init__(AcceptanceHead.Config(num_blocks=0), embedding.shape[1])
+        self.direction_D = embedding[2]
+
+    def probs(self, state_RD: Tensor) -> Tensor:
+        # The state at a token resembles its embedding: the product is 0.9 to 1.5 at token 2, and
+        # at most 0.6 at the others.
+        return (state_RD @ self.direction_D < 0.7).float()
 
 
 def model_for(pair: str) -> PreTrainedModel:
@@ -134,7 +151,10 @@ def runner_for(pair: str) -> Runner:
     how = PAIRS[pair]
     runner = Runner(model_for(pair))
     if isinstance(how, DraftModelDrafter.Config):
-        runner.use(DraftModelDrafter(toy(1), how, target=runner.target))
+        ended = pair.startswith("chain ended")
+        drafter = DraftModelDrafter(toy(4 if ended else 1), how, target=runner.target)
+        drafter.acceptance_head = Adversary() if ended else None
+        runner.use(drafter)
     else:
         runner.use(how)
     return runner
@@ -274,6 +294,17 @@ def pruned(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     return verify.rejection(draft, probs_NV, rng)
 
 
+def without_its_end(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
+    """A verifier without the token that ended a chain before its depth, as if it was not drawn."""
+    verdict = verify.rejection(draft, probs_NV, rng)
+    if verdict.accept_N is None or not 1 < len(draft) < 4:
+        return verdict
+    accept_N, emit_N = verdict.accept_N.clone(), verdict.emit_N.clone()
+    accept_N[-1] = False
+    emit_N[-2] = rng.pick(probs_NV, draft.depths)[-2]
+    return Verdict(emit_N, accept_N)
+
+
 def always_new(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """A verifier that takes the target's new probabilities for those of the draft."""
     if draft.probs_NV is not None:
@@ -290,13 +321,15 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
     "chain verifier on distinct siblings": ("rsd-s", "rejection", as_if_drawn("iid")),
     "chain verifier on looked-up nodes": ("ngram", "rejection", as_if_drawn("iid")),
     "a drawn node pruned": ("chain", "rejection", pruned),
+    "the token that ended a chain dropped": ("chain ended", "rejection", without_its_end),
     "k-seq on distinct siblings": ("rsd-c", "k_seq", verify.k_seq),
     "jacobi with the new probabilities as q": ("jacobi", "rejection", always_new),
 }
 
 
 SLOW = {
-    "swapped q", "stale q", "k-seq on distinct siblings", "a drawn node pruned", "greedy plain",
+    "swapped q", "stale q", "the token that ended a chain dropped",
+    "k-seq on distinct siblings", "a drawn node pruned", "greedy plain",
     "chain verifier on distinct siblings", "jacobi with the new probabilities as q",
 }  # fmt: skip
 
