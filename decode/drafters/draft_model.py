@@ -208,11 +208,10 @@ class DraftModelDrafter(Drafter):
             self._cache.join(fresh)
         self._requests = list(requests)
         for level in range(deepest):
-            if level > 0 and self._grows(level):
-                logits_BFV = self._feed_level()
-            # The acceptance head may have ended all chains after this pass.
-            if not self._grows(level):
+            if not any(level < growth.depth and growth.frontier for growth in self._grown):
                 break
+            if level > 0:
+                logits_BFV = self._feed_level()
             assert logits_BFV is not None
             self._expand(level, logits_BFV)
         return [growth.draft(*self.kinds(growth.request.sampling)) for growth in self._grown]
@@ -248,14 +247,10 @@ class DraftModelDrafter(Drafter):
         zeros_V = torch.zeros_like(like_V)
         return torch.stack([zeros_V if logits_V is None else logits_V for logits_V in found])
 
-    def _grows(self, level: int) -> bool:
-        """Return whether any draft gets another level."""
-        return any(level < growth.depth and growth.frontier for growth in self._grown)
-
     def _feed_level(self) -> Tensor:
         """Feed the newest nodes of all trees; return the logits [B, F, V] after them.
 
-        The acceptance head then ends chains, before their next tokens are drawn.
+        The acceptance head then ends chains with their next tokens, which are not drawn yet.
         """
         size = max(len(growth.tokens) for growth in self._grown)
         for growth in self._grown:
@@ -276,7 +271,7 @@ class DraftModelDrafter(Drafter):
             for growth, accepted in zip(self._grown, accepted_B, strict=True):
                 growth.accepted *= accepted
                 if 1 - growth.accepted > self.config.threshold:
-                    growth.frontier = []
+                    growth.depth = min(growth.depth, sum(growth.live) + 1)
         return logits_BFV
 
     def _expand(self, level: int, logits_BFV: Tensor) -> None:

@@ -11,19 +11,21 @@ It is trained with rejections weighted w times (`distill/objectives/acceptance.p
 for a token of acceptance a is softmax(z) = a / (a + w (1 - a)). The weight is undone, so that the
 result is a probability: a = sigmoid(z_1 - z_0 + ln w). The authors use softmax(z) itself, under
 which the same threshold h (0.3 in their example) ends chains earlier. A chain x_1, x_2, ... ends
-after x_j where
+with x_{j+1} for the first j where
 
     1 - a_1 a_2 ... a_j > h,
 
-the predicted probability that some token of the chain is rejected.
+the predicted probability that one of these tokens is rejected. The pass that x_j is judged by also
+gives q after it, so x_{j+1} costs no pass of the draft model; the authors end with x_j, and never
+before the second token.
 
-Why this changes no distribution, whatever the head says. Whether x_{j+1} is drawn is a function of
-the text and x_1 .. x_j alone: it is decided before x_{j+1} is drawn. So where x_{j+1} is drawn it
-follows q(. | x_1 .. x_j), its accept test with min(1, p/q) and the residual give p there, and where
-it is not drawn the token after x_j is drawn from p. By induction along the chain every text has the
-probability of plain decoding. Two things would break it: to drop x_j because of what it is, instead
-of the tokens after it (x_j would then follow q on condition that it was kept), and to verify with
-another q than x_j was drawn from. Neither is done: the token that ends the chain stays in it. A
+Why this changes no distribution, whatever the head says. Whether x_{i+1} is drawn is a function of
+the text and x_1 .. x_{i-1} alone: it is decided before x_{i+1} is drawn. So where x_{i+1} is drawn
+it follows q(. | x_1 .. x_i), its accept test with min(1, p/q) and the residual give p there, and
+where it is not drawn the token after x_i is drawn from p. By induction along the chain every text
+has the probability of plain decoding. Two things would break it: to drop a token because of what it
+is, instead of those after it (it would then follow q on condition that it was kept), and to verify
+with another q than it was drawn from. Neither is done: all drawn tokens stay in the chain. A
 position's random number is used again where a token is discarded behind a rejected one and the
 position is drafted anew; the committed text does not depend on that number so far, whatever the
 head made of the discarded token, because the rejection came before it in the chain.

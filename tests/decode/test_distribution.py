@@ -55,13 +55,17 @@ def toy(seed: int, layers: int = 1) -> PreTrainedModel:
 
 @torch.inference_mode()
 def exact_probs(
-    model: PreTrainedModel, sampling: SamplingParams, controls: Sequence[Control[Any]] = ()
+    model: PreTrainedModel,
+    sampling: SamplingParams,
+    controls: Sequence[Control[Any]] = (),
+    *,
+    length: int = LENGTH,
 ) -> dict[tuple[int, ...], float]:
-    """Return the probability of each text of LENGTH tokens, from cacheless logits.
+    """Return the probability of each text of `length` tokens, from cacheless logits.
 
     Each control starts anew from the prompt before each token, and reads the text up to there.
     """
-    texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
+    texts = list(itertools.product(range(VOCAB), repeat=length))
     logits = model(torch.tensor([PROMPT + list(text) for text in texts]), use_cache=False).logits
     found = {}
     for text, logits_SV in zip(texts, logits, strict=True):
@@ -74,7 +78,7 @@ def exact_probs(
                 row = control.process(state, row)
             rows[at] = row
         probs = sampling.probs(rows[None])[0].double()
-        found[text] = float(probs[range(LENGTH), list(text)].prod())
+        found[text] = float(probs[range(length), list(text)].prod())
     return found
 
 
@@ -94,9 +98,11 @@ def agrees(counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float]
     return distance < 1.5 * floor and float(p_value) > 1e-3
 
 
-def sample(runner: Runner, size: int, **options: Any) -> Counter[tuple[int, ...]]:
+def sample(
+    runner: Runner, size: int, *, length: int = LENGTH, **options: Any
+) -> Counter[tuple[int, ...]]:
     results = runner.generate(
-        [PROMPT] * size, max_new_tokens=LENGTH, batch_size=1000, seed=11, **options
+        [PROMPT] * size, max_new_tokens=length, batch_size=1000, seed=11, **options
     )
     return Counter(tuple(result.token_ids) for result in results)
 
@@ -115,8 +121,6 @@ PAIRS = {
     "tuned": "ngram+recycle:tune",
     "chain": DraftModelDrafter.Config(depth=2),
     "chain+token-match": DraftModelDrafter.Config(depth=2),
-    "chain ended": DraftModelDrafter.Config(depth=3, threshold=0.5),
-    "chain ended+token-match": DraftModelDrafter.Config(depth=3, threshold=0.5),
     "iid": DraftModelDrafter.Config(depth=2, tree="iid", width=3),
     "iid+k-seq": DraftModelDrafter.Config(depth=2, tree="iid", width=3),
     "iid of few nodes": DraftModelDrafter.Config(depth=3, tree="iid", width=3, nodes=4),
@@ -125,21 +129,7 @@ PAIRS = {
     "rsd-s+token-match": DraftModelDrafter.Config(depth=3, tree="rsd-s", width=2),
 }
 # The most general pairs run every time, all of them with `-m slow`.
-FEW = ["none", "ngram+rejection", "jacobi", "chain", "chain ended", "rsd-s"]
-
-
-class Adversary(AcceptanceHead):
-    """Head that ends a chain of `toy(4)` at token 2, for certain, and never elsewhere."""
-
-    def __init__(self) -> None:
-        embedding = toy(4).get_input_embeddings().weight.detach()
-        super().__init__(AcceptanceHead.Config(num_blocks=0), embedding.shape[1])
-        self.direction_D = embedding[2]
-
-    def probs(self, state_RD: Tensor) -> Tensor:
-        # The state at a token resembles its embedding: the product is 0.9 to 1.5 at token 2, and
-        # at most 0.6 at the others.
-        return (state_RD @ self.direction_D < 0.7).float()
+FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s"]
 
 
 def model_for(pair: str) -> PreTrainedModel:
@@ -151,10 +141,7 @@ def runner_for(pair: str) -> Runner:
     how = PAIRS[pair]
     runner = Runner(model_for(pair))
     if isinstance(how, DraftModelDrafter.Config):
-        ended = pair.startswith("chain ended")
-        drafter = DraftModelDrafter(toy(4 if ended else 1), how, target=runner.target)
-        drafter.acceptance_head = Adversary() if ended else None
-        runner.use(drafter)
+        runner.use(DraftModelDrafter(toy(1), how, target=runner.target))
     else:
         runner.use(how)
     return runner
@@ -294,17 +281,6 @@ def pruned(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     return verify.rejection(draft, probs_NV, rng)
 
 
-def without_its_end(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
-    """A verifier without the token that ended a chain before its depth, as if it was not drawn."""
-    verdict = verify.rejection(draft, probs_NV, rng)
-    if verdict.accept_N is None or not 1 < len(draft) < 4:
-        return verdict
-    accept_N, emit_N = verdict.accept_N.clone(), verdict.emit_N.clone()
-    accept_N[-1] = False
-    emit_N[-2] = rng.pick(probs_NV, draft.depths)[-2]
-    return Verdict(emit_N, accept_N)
-
-
 def always_new(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """A verifier that takes the target's new probabilities for those of the draft."""
     if draft.probs_NV is not None:
@@ -321,15 +297,13 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
     "chain verifier on distinct siblings": ("rsd-s", "rejection", as_if_drawn("iid")),
     "chain verifier on looked-up nodes": ("ngram", "rejection", as_if_drawn("iid")),
     "a drawn node pruned": ("chain", "rejection", pruned),
-    "the token that ended a chain dropped": ("chain ended", "rejection", without_its_end),
     "k-seq on distinct siblings": ("rsd-c", "k_seq", verify.k_seq),
     "jacobi with the new probabilities as q": ("jacobi", "rejection", always_new),
 }
 
 
 SLOW = {
-    "swapped q", "stale q", "the token that ended a chain dropped",
-    "k-seq on distinct siblings", "a drawn node pruned", "greedy plain",
+    "swapped q", "stale q", "k-seq on distinct siblings", "a drawn node pruned", "greedy plain",
     "chain verifier on distinct siblings", "jacobi with the new probabilities as q",
 }  # fmt: skip
 
@@ -353,6 +327,67 @@ def test_a_shared_generator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     shared_draws(monkeypatch)
     counts = sample(runner_for("none"), SAMPLES // 2, temperature=1.0)
     assert not agrees(counts, exact_probs(toy(0), SamplingParams(temperature=1.0)))
+
+
+class Adversary(AcceptanceHead):
+    """Head that ends a chain of `toy(4)` behind token 2, for certain, and never elsewhere."""
+
+    def __init__(self) -> None:
+        embedding = toy(4).get_input_embeddings().weight.detach()
+        super().__init__(AcceptanceHead.Config(num_blocks=0), embedding.shape[1])
+        self.direction_D = embedding[2]
+
+    def probs(self, state_RD: Tensor) -> Tensor:
+        # The state at a token resembles its embedding: the product is 0.9 to 1.5 at token 2, and
+        # at most 0.6 at the others.
+        return (state_RD @ self.direction_D < 0.7).float()
+
+
+def without_judged(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
+    """A verifier without the tokens that the adversary judged badly, as if they were not drawn."""
+    verdict = verify.rejection(draft, probs_NV, rng)
+    assert verdict.accept_N is not None
+    accept_N, emit_N = verdict.accept_N.clone(), verdict.emit_N.clone()
+    for node, token in enumerate(draft.tokens[1:-1], start=1):
+        if token == 2:
+            accept_N[node] = False
+            emit_N[node - 1] = rng.pick(probs_NV, draft.depths)[node - 1]
+    return Verdict(emit_N, accept_N)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"temperature": 1.0}, SAMPLES // 4),
+        pytest.param({"temperature": 1.0}, SAMPLES, marks=pytest.mark.slow),
+        *(
+            pytest.param({**options, "verify": name}, 5 * SAMPLES, marks=pytest.mark.slow)
+            for options in FILTERS
+            for name in (None, "token-match")
+        ),
+    ],
+)
+def test_chains_that_an_adversary_ends(
+    options: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head judges by the drawn token; dropping what it judged is a fault that is found."""
+    runner = Runner(toy(0))
+    config = DraftModelDrafter.Config(depth=3, threshold=0.5)
+    drafter = DraftModelDrafter(toy(4), config, target=runner.target)
+    drafter.acceptance_head = Adversary()
+    runner.use(drafter)
+    (result,) = runner.generate([PROMPT], max_new_tokens=24, temperature=1.0)
+    # Chains of two and of three tokens.
+    assert 0 < result.offered_at[2] < result.offered_at[1]
+    sampling = SamplingParams(**{key: options[key] for key in options if key != "verify"})
+    expected = exact_probs(toy(0), sampling, length=5)
+    assert agrees(sample(runner, size, length=5, **options), expected)
+    if size >= SAMPLES and options.get("verify") is None:
+        faulty = verify.Verification("rejection", without_judged, True)
+        monkeypatch.setattr(
+            "spectool.decode.generate.choose_verifier", lambda *given, **options: faulty
+        )
+        assert not agrees(sample(runner, size, length=5, **sampling.as_dict()), expected)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "+" not in pair and pair != "none"])
