@@ -77,6 +77,8 @@ class Runner:
             model = load_model(checkpoint, dtype=dtype, device=device)
         self.target: Target[Any]
         if isinstance(model, Target):
+            if context is not None or kv != "dense":
+                raise UsageError("context and kv are for a model; open the target with them")
             self.target = model
         else:
             self.target = open_target(model, context=context, kv=kv)

@@ -2,14 +2,14 @@
 
 The model that writes is chosen by the mean entropy of its last predictions: from `threshold` bits
 on the large model writes, below it the small one. Simonds, 2025 (arXiv:2502.06833). Each model has
-a cache of its own; the one whose turn comes first reads the tokens that it missed, in one pass
-together with the last token. The text is neither model's: lossy.
+a cache of its own; when its turn comes, it reads the tokens that it missed, in one pass together
+with the last token. The text is neither model's: lossy.
 
-Where the paper is silent or differs: entropies are those of the logits that penalties, biases and
-bans left, before temperature and filters, so that a forced token does not call the large model. A
-switch clears the window, since both models' entropies are not on one scale. The large model begins,
-unless the threshold is infinite. A mean equal to the threshold counts as above it: at 0 the large
-model writes everything.
+Choices of ours: entropies are those of the logits that penalties, biases and bans left, before
+temperature and filters, so that a forced token does not call the large model. A switch clears the
+window, since the two models' entropies are not on one scale. The large model begins, unless the
+threshold is infinite. A mean equal to the threshold counts as above it, so that at 0 the large
+model writes everything. The default dwell was chosen without knowing the paper's.
 
 Suffixes: B batch, N nodes (one: nothing is drafted), V vocabulary.
 """
