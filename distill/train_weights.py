@@ -323,7 +323,7 @@ def _make_identity(
     left_out = ("data", "field", "template_arg", "teacher")
     return {
         "method": job.method,
-        "options": job.config.as_dict(),
+        "options": {k: v for k, v in job.config.as_dict().items() if not isinstance(v, Path)},
         **{key: value for key, value in job.as_dict().items() if key not in left_out},
         "teacher": None if teacher is None else teacher.fingerprint(),
         "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),
