@@ -36,7 +36,7 @@ from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
 from spectool.model.meta import build_meta, read_config
-from spectool.options import Config
+from spectool.options import Config, options_of
 from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import OPTIMIZERS, Metrics, check_optimizer
 
@@ -320,10 +320,11 @@ def _make_identity(
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of OUT, without paths."""
     everything: Sequence[Sample] = [*texts.samples, *(s for b in texts.held_out for s in b)]
+    paths = {each.name for each in options_of(type(job.config)) if each.type is Path}
     left_out = ("data", "field", "template_arg", "teacher")
     return {
         "method": job.method,
-        "options": {k: v for k, v in job.config.as_dict().items() if not isinstance(v, Path)},
+        "options": {k: v for k, v in job.config.as_dict().items() if k not in paths},
         **{key: value for key, value in job.as_dict().items() if key not in left_out},
         "teacher": None if teacher is None else teacher.fingerprint(),
         "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),
