@@ -143,7 +143,7 @@ METHODS: dict[str, Method] = {
     "logits": Method(
         kind="objective",
         target="spectool.distill.objectives.logits:Logits",
-        summary="All weights learn the probabilities of a teacher",
+        summary="All weights, or the fields of packed ones, learn a teacher's probabilities",
         source="Hinton et al., 2015 (arXiv:1503.02531)",
         also_in=("transformers", "vllm", "sglang"),
     ),
