@@ -123,7 +123,7 @@ def test_text_and_switches_are_those_of_a_slow_reference(
     assert not result.lossless and result.forwards == 24
 
 
-@pytest.mark.parametrize("kv", ["dense", "int8"])
+@pytest.mark.parametrize("kv", ["dense", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_the_ends_of_the_threshold_are_the_models_alone(
     pair: Any, prompt_of: Any, options: dict[str, Any], kv: str
