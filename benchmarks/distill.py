@@ -1,10 +1,11 @@
 """Measure consistency distillation: passes of Jacobi decoding before and after equal trainings.
 
     python benchmarks/distill.py --shared FOLDER [--out DIR] [--steps N] [--prompts N] [--each N]
+        [--anchor NAME] [--ar-weight W] [--learning-rate R] [--only VARIANT …] [--name NAME]
 
 FOLDER holds `models/codestory-10M` and `data` (see their README). Both variants train all weights
 for equally many steps on text of the kinds that the checkpoint was trained on, from the same
-number of prompts. Held-out prompts are code, stories, prose and arithmetic; texts are cut where
+trajectories. Held-out prompts are code, stories, prose and arithmetic; texts are cut where
 plain greedy decoding of the same weights begins to repeat itself. Tokens per forward are greedy, in
 float32, with intervals by resampling the prompts (2.5 to 97.5 %); the difference of the variants is
 paired by prompt. Greedy output must equal plain decoding of the same weights. An early exit
@@ -25,6 +26,7 @@ from main_job import RESULTS, spectool, write_texts
 
 from decode import write_prompts
 from spectool.decode.result import Result
+from spectool.machine import describe
 
 NODES = 32
 DRAFTS = (
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/distill"))
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--prompts", type=int, default=1200)
-    parser.add_argument("--learning-rate", default="5e-4")
+    parser.add_argument("--learning-rate", default="1e-3")
+    parser.add_argument("--anchor", default="data")
+    parser.add_argument("--ar-weight", default="1")
     parser.add_argument("--each", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--name", default="distill-2-core-cpu")
@@ -56,7 +60,13 @@ def main() -> None:
     model, out = given.shared / "models/codestory-10M", given.out
     texts = write_texts(given.shared / "data", out)
     write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
-    report: dict[str, Any] = {"model": model.name, "steps": given.steps, "prompts": given.prompts}
+    names = ("steps", "prompts", "learning_rate", "anchor", "ar_weight")
+    report: dict[str, Any] = {
+        "benchmark": "distill",
+        "machine": describe(),
+        "model": model.name,
+        **{name: getattr(given, name) for name in names},
+    }
     results: dict[str, dict[str, list[Result]]] = {}
     for name in ("original", *given.only):
         path = model if name == "original" else out / name
@@ -65,8 +75,9 @@ def main() -> None:
             entry["training"] = spectool(
                 "distill", "consistency", model, path, "--data", texts["train"], *TRAINING,
                 *VARIANTS[name], "--prompts", given.prompts, "--steps", given.steps,
-                "--learning-rate", given.learning_rate, "--metrics", out / f"{name}.jsonl",
-                "--overwrite",
+                "--learning-rate", given.learning_rate, "--anchor", given.anchor,
+                "--ar-weight", given.ar_weight, "--trajectories", out / "trajectories",
+                "--metrics", out / f"{name}.jsonl", "--overwrite",
             )  # fmt: skip
         entry["eval"] = {
             text: spectool(

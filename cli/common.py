@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from spectool.data.text import Prompt
     from spectool.decode.generate import Runner
-    from spectool.decode.options import RunnerOptions
+    from spectool.decode.options import RunnerOptions, StrategyOptions
     from spectool.decode.result import Result
     from spectool.options import Config
     from spectool.shared_options import TextOptions
@@ -223,11 +224,17 @@ def prepare_torch(threads: int | None) -> None:
 
 
 def open_runner(
-    output: Output, options: RunnerOptions, *, draft: str | None = None, tune: bool = False
+    output: Output,
+    options: RunnerOptions,
+    *,
+    draft: str | None = None,
+    tune: bool = False,
+    strategy: StrategyOptions | None = None,
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
-    """Load a model, its tokenizer and its drafter, and print what runs."""
+    """Load a model, its tokenizer and its drafter or second model, and print what runs."""
     prepare_torch(options.threads)
     from spectool.decode.generate import Runner
+    from spectool.decode.target.open import open_strategy, open_target
     from spectool.model import loading
 
     checkpoint, device = options.open(), options.resolve_device()
@@ -241,12 +248,20 @@ def open_runner(
         reporter=output,
     )
     tokenizer = loading.load_tokenizer(checkpoint)
+    target = open_target(opened, context=options.context, kv=options.kv)
+    if strategy is not None and strategy.strategy is not None and strategy.small is not None:
+        target = open_strategy(
+            strategy.strategy,
+            target,
+            strategy.small,
+            tokenizer=tokenizer,
+            context=options.context,
+            checksums=options.checksums,
+        )
     runner = Runner(
-        opened,
+        target,
         draft=draft,
         tokenizer=tokenizer,
-        context=options.context,
-        kv=options.kv,
         allow_other_target=options.allow_other_target,
         tune=tune,
         checksums=options.checksums,
@@ -294,7 +309,8 @@ def read_prompts(
 def record(result: Result) -> dict[str, Any]:
     """Return the JSON object of one continuation."""
     keys = ("text", "token_ids", "forwards", "drafted", "accepted", "finish_reason")
-    return {key: getattr(result, key) for key in keys}
+    turns = {} if result.turns is None else {"turns": asdict(result.turns)}
+    return {**{key: getattr(result, key) for key in keys}, **turns}
 
 
 def totals(results: Sequence[Result], seconds: float) -> dict[str, Any]:
@@ -307,6 +323,22 @@ def totals(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "tokens_per_second": new_tokens / seconds if seconds else 0.0,
         "forwards": forwards,
         "tokens_per_forward": new_tokens / max(1, forwards),
+    }
+
+
+def turn_totals(results: Sequence[Result]) -> dict[str, Any]:
+    """Return how two models took turns, of all continuations; nothing where one model wrote.
+
+    `catch_up_tokens` were read by a model because the other one had them before.
+    """
+    turns = [result.turns for result in results if result.turns is not None]
+    if not turns:
+        return {}
+    written = sum(len(result.token_ids) for result in results)
+    return {
+        "switches": sum(len(each.switches) for each in turns),
+        "small_share": sum(each.small_tokens for each in turns) / max(1, written),
+        "catch_up_tokens": sum(each.caught_up for each in turns),
     }
 
 

@@ -17,8 +17,14 @@ from spectool.cli.common import (
     record,
     standard_input,
     totals,
+    turn_totals,
 )
-from spectool.decode.options import DrafterOptions, RequestOptions, SamplingParams
+from spectool.decode.options import (
+    DrafterOptions,
+    RequestOptions,
+    SamplingParams,
+    StrategyOptions,
+)
 from spectool.errors import Interrupted, UsageError
 from spectool.options import Config, option
 from spectool.shared_options import TextOptions
@@ -50,9 +56,15 @@ def generate(
     request: RequestOptions,
     sampling: SamplingParams,
     load: DrafterOptions,
+    strategy: StrategyOptions,
 ) -> None:
     """Generate text from prompts given as options, in a file or on stdin."""
-    runner, tokenizer = open_runner(output, load, draft=load.draft, tune=True)
+    draft = load.draft
+    if strategy.strategy is not None:
+        if draft not in ("auto", "none"):
+            raise UsageError(f"--strategy takes no drafter: leave out --draft {draft}")
+        draft = "none"
+    runner, tokenizer = open_runner(output, load, draft=draft, tune=True, strategy=strategy)
     from spectool.data.text import Prompt
 
     if options.prompts:
@@ -92,8 +104,16 @@ def generate(
     )
     if kept := describe_kv(runner):
         output.say(kept)
+    turns = turn_totals(results)
+    if turns:
+        output.say(
+            f"{turns['small_share']:.0%} of the tokens by the small model, "
+            f"{turns['switches']} switches, {turns['catch_up_tokens']} tokens read to catch up"
+        )
     ends = {"drafter": runner.drafter_name, "lossless": lossless, **kv_record(runner)}
-    output.result({"results": list(map(record, results)), **found, **ends})
+    if runner.target.why_lossy:
+        ends["why_lossy"] = runner.target.why_lossy
+    output.result({"results": list(map(record, results)), **found, **ends, **turns})
     if any(result.finish_reason == "interrupted" for result in results):
         raise Interrupted("interrupted; the text generated so far is above")
 

@@ -131,13 +131,14 @@ def _checkpoint_lines(
 
 
 def _read_training(layout: Layout) -> dict[str, Any] | None:
-    """Read the record of the training that wrote a dense checkpoint, if there is one.
+    """Read the record of the training that wrote a checkpoint of ours, if there is one.
 
     Raises:
         CheckpointError: the record cannot be read.
     """
     path = layout.path / TRAINING
-    return read_json(path) if path.is_file() and not layout.quantization else None
+    ours = layout.is_packed or not layout.quantization
+    return read_json(path) if ours and path.is_file() else None
 
 
 def _origin(layout: Layout, training: dict[str, Any] | None) -> dict[str, Any]:
@@ -166,8 +167,9 @@ def _training_line(path: Path, record: dict[str, Any]) -> str:
         best, key = record["best"], "kl" if record["teacher"] else "perplexity"
         taught = f" from the teacher {record['teacher']}" if record["teacher"] else ""
         options = ", ".join(f"{name}={value}" for name, value in record["options"].items())
+        method = f"{record['method']} ({options})" if options else record["method"]
         return (
-            f"trained with {record['method']} ({options}){taught} on text {record['data']}: best "
+            f"trained with {method}{taught} on text {record['data']}: best "
             f"after {best['step']} of {last['step']} steps, held-out {key} {first[key]:.4f} to "
             f"{best[key]:.4f}"
         )

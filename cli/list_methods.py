@@ -10,6 +10,8 @@ from spectool.cli.common import Output
 from spectool.errors import UsageError
 from spectool.options import Config, option
 
+_PLURALS = {"kv": "KV stores", "strategy": "strategies"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListOptions(Config):
@@ -39,7 +41,7 @@ def list_methods(output: Output, options: ListOptions) -> None:
     shown = None
     for name, row in wanted:
         if row.kind != shown:
-            output.show("KV stores" if row.kind == "kv" else f"{row.kind}s")
+            output.show(_PLURALS.get(row.kind, f"{row.kind}s"))
             shown = row.kind
         others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
         output.show(

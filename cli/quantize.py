@@ -164,7 +164,7 @@ def _pick(
     Raises:
         UsageError: a budget is given too, or nothing fits.
     """
-    from spectool.checkpoint.dense import check_dense
+    from spectool.checkpoint.trained import check_dense
     from spectool.model.architecture import Architecture
     from spectool.quantize import auto
     from spectool.quantize.rules import make_skip_rules

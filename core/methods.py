@@ -15,7 +15,16 @@ from typing import Any, Literal
 from spectool.errors import UsageError
 
 Kind = Literal[
-    "quantizer", "lm_head", "chooser", "drafter", "head", "verifier", "kv", "measure", "objective"
+    "quantizer",
+    "lm_head",
+    "chooser",
+    "drafter",
+    "head",
+    "verifier",
+    "kv",
+    "strategy",
+    "measure",
+    "objective",
 ]
 
 
@@ -136,7 +145,7 @@ METHODS: dict[str, Method] = {
     "logits": Method(
         kind="objective",
         target="spectool.distill.objectives.logits:Logits",
-        summary="All weights learn the probabilities of a teacher",
+        summary="All weights, or the fields of packed ones, learn a teacher's probabilities",
         source="Hinton et al., 2015 (arXiv:1503.02531)",
         also_in=("transformers", "vllm", "sglang"),
     ),
@@ -296,6 +305,13 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.kv.int8:Int8Store",
         summary="8-bit codes of keys and values: scales per group of a key, and per value",
         source="the asymmetry of keys and values: Hooper et al., KVQuant, 2024 (arXiv:2401.18079)",
+    ),
+    "entropy": Method(
+        kind="strategy",
+        target="spectool.decode.target.entropy:EntropyTarget",
+        summary="Two models take turns by the mean entropy of the last predictions; lossy",
+        source="Simonds, Entropy Adaptive Decoding, 2025 (arXiv:2502.06833)",
+        status="research",
     ),
     "perplexity": Method(
         kind="measure",

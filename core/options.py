@@ -29,9 +29,9 @@ def option(
 ) -> Any:
     """Return a field of a `Config` with its default, its help line and the range of a number.
 
-    A default of `...` means that a value is required. `argument`: given by its position on the
-    command line. `switch`: a bool with a single flag, which turns the default around; other bools
-    have two flags, `--name` and `--no-name`.
+    A default of `...` means that a value is required. Numbers are finite, unless `maximum` is inf.
+    `argument`: given by its position on the command line. `switch`: a bool with a single flag,
+    which turns the default around; other bools have two flags, `--name` and `--no-name`.
     """
     metadata = {
         "help": help,
@@ -258,7 +258,7 @@ def _check(field: Option, value: Any) -> None:
     wanted: Any = (int, float) if field.type is float else field.type
     if not isinstance(value, wanted) or (isinstance(value, bool) and field.type is not bool):
         raise UsageError(f"{field.flag} {value!r}: expected {field.type.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value) and value != field.maximum:
         raise UsageError(f"{field.flag} {value}: must be finite")
     if field.choices and value not in field.choices:
         listed = ", ".join(str(choice) for choice in field.choices)

@@ -72,13 +72,15 @@ class OptimizerDefaults:
 
 def make_optimizer(
     name: str,
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
     rate: float,
     betas: tuple[float, float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """Build one of `OPTIMIZERS`; `adamw8bit` keeps the moments of small tensors in float32.
+    """Build one of `OPTIMIZERS` for parameters or groups of them, which may have their own rates.
+
+    `adamw8bit` keeps the moments of small tensors in float32.
 
     Raises:
         MissingExtra: `adamw8bit` without bitsandbytes.

@@ -9,10 +9,11 @@ once, in `resolve_paths`. Suffixes: B batch, N nodes, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,7 +218,8 @@ class Engine:
             self.timings.prompt += time.perf_counter() - began
             return []
         drafts = [tree.root(request.tokens[-1]) for request in requests]
-        verified = _verify(requests, drafts, joining.done[-1].logits_BV[:, None])
+        observe = functools.partial(self.target.observe, requests, joining.cache)
+        verified = _verify(requests, drafts, joining.done[-1].logits_BV[:, None], observe)
         self.timings.prompt += time.perf_counter() - began
         events, prompts = [], []
         for b, (request, found) in enumerate(zip(requests, verified, strict=True)):
@@ -257,7 +259,8 @@ class Engine:
         proposed = time.perf_counter()
         done = self.target.verify(self.cache, drafts, needs)
         fed = time.perf_counter()
-        verified = _verify(requests, drafts, done.logits_BNV, needs.top)
+        observe = functools.partial(self.target.observe, requests, self.cache)
+        verified = _verify(requests, drafts, done.logits_BNV, observe, needs.top)
         # On a GPU the pass has only been enqueued before its verdict is read.
         passed = fed if self.target.device.type == "cpu" else time.perf_counter()
         events: list[Event] = []
@@ -362,11 +365,16 @@ def _describe_prompt(joined: _Joining, row: int) -> PrefilledPrompt:
 
 @torch.inference_mode()
 def _verify(
-    requests: Sequence[Request], drafts: Sequence[Draft], logits_BNV: Tensor, top: int = 0
+    requests: Sequence[Request],
+    drafts: Sequence[Draft],
+    logits_BNV: Tensor,
+    observe: Callable[[Tensor], None],
+    top: int = 0,
 ) -> list[_Verified | None]:
     """Run each request's verifier on its draft; `top` likeliest ids are listed after each node.
 
-    None stands for a request that failed; its `error` is set.
+    `observe` is given the logits as the controls left them. None stands for a request that failed;
+    its `error` is set.
     """
     drafted = list(zip(requests, drafts, strict=True))
     controlled_BNV = apply_controls(
@@ -374,6 +382,7 @@ def _verify(
         logits_BNV,
         lambda b: drafted[b][0].control_states().along(drafts[b].tokens, drafts[b].parents),
     )
+    observe(controlled_BNV)
     probs = probs_by_row([request.sampling for request in requests], controlled_BNV)
     verdicts = [
         request.verification.verifier(

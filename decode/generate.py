@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -29,6 +30,7 @@ from spectool.decode.result import OnTokens, Report, Result, Streamer
 from spectool.decode.sampling import Draws
 from spectool.decode.spec import open_drafter, parse_spec
 from spectool.decode.streaming import TextStream
+from spectool.decode.target.base import Target
 from spectool.decode.target.open import open_target
 from spectool.decode.verify import Verification, choose_verifier
 from spectool.errors import NotFinite, UsageError
@@ -39,6 +41,7 @@ from spectool.model.loading import load_model, load_tokenizer
 class Runner:
     """A loaded model with a drafter, for any number of prompts.
 
+    `model` is a path, a model or a target, which has its own `context` and `kv` already.
     `draft` is a specification (`decode/spec.py`), a drafter, or None for plain decoding; `use`
     replaces it. `dtype` and `device` are for models given as a path. `kv` names the store of keys
     and values (`decode/kv/`): `dense`, `int8`, `int8:group=64`. `allow_other_target` accepts draft
@@ -53,7 +56,7 @@ class Runner:
 
     def __init__(
         self,
-        model: PreTrainedModel | str | Path,
+        model: PreTrainedModel | Target[Any] | str | Path,
         *,
         draft: str | Drafter | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -65,14 +68,20 @@ class Runner:
         tune: bool = False,
         checksums: bool = True,
     ) -> None:
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, (PreTrainedModel, Target)):
             if dtype is not None:
                 raise UsageError("dtype is for a model given as a path; convert the model itself")
         else:
             checkpoint = open_checkpoint(model, checksums=checksums)
             tokenizer = tokenizer or load_tokenizer(checkpoint)
             model = load_model(checkpoint, dtype=dtype, device=device)
-        self.target = open_target(model, context=context, kv=kv)
+        self.target: Target[Any]
+        if isinstance(model, Target):
+            if context is not None or kv != "dense":
+                raise UsageError("context and kv are for a model; open the target with them")
+            self.target = model
+        else:
+            self.target = open_target(model, context=context, kv=kv)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
         self.checksums = checksums
@@ -93,6 +102,10 @@ class Runner:
             draft = self.open(draft)
         elif not draft.policies:
             draft.policies = self._choose_policies(draft, tune=False)
+        if self.target.why_lossy and draft.name != "none":
+            raise UsageError(
+                f"{draft.name} cannot draft where two models take turns", hint="leave out --draft"
+            )
         self.drafter = draft
         self.drafter.attach(self.target)
 
@@ -162,7 +175,8 @@ class Runner:
             UsageError: a refused pair of drafter and verifier.
         """
         kinds = drafter.kinds(sampling)
-        return choose_verifier(kinds, verify, temperature=sampling.temperature, lossy=lossy)
+        chosen = choose_verifier(kinds, verify, temperature=sampling.temperature, lossy=lossy)
+        return replace(chosen, lossless=False) if self.target.why_lossy else chosen
 
     def make_controls(self, request: RequestOptions) -> list[Control[Any]]:
         """Return the controls that options describe, for `generate(controls=...)`.

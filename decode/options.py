@@ -169,6 +169,33 @@ class RequestOptions(VerifyOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyOptions(Config):
+    """A second model, and the rule by which both write one text."""
+
+    PANEL: ClassVar = "Model"
+
+    strategy: str | None = option(
+        None, "Let two models take turns, NAME[:key=value,...]: entropy; lossy, without a drafter"
+    )
+    small: str | None = option(
+        None, "Smaller checkpoint for --strategy with MODEL's tokenizer: directory or hub id"
+    )
+
+    def validate(self) -> None:
+        """Check that both are given, and the strategy's name and options, before anything loads."""
+        if (self.strategy is None) != (self.small is None):
+            given, missing = ("--small", "--strategy") if self.small else ("--strategy", "--small")
+            hint = "--strategy entropy --small CHECKPOINT"
+            raise UsageError(f"{given} needs {missing}", hint=hint)
+        if self.strategy is not None:
+            name, _, pairs = self.strategy.partition(":")
+            methods.get_method(name, "strategy")
+            if pairs:
+                # Imported here: strategies need torch, which the check of a name does without.
+                methods.import_method(name, "strategy").Config.from_text(pairs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheOptions(LoadOptions):
     """A model, and how its cache keeps keys and values."""
 

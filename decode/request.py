@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from spectool.decode.streaming import TextStream
 from spectool.decode.verify import GREEDY, Verification
 from spectool.errors import SpectoolError
 
+if TYPE_CHECKING:
+    from spectool.decode.target.entropy import Switch
+
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 
@@ -27,7 +30,7 @@ class Request:
     `tokens` are those of the prompt and all committed ones; the last one is the pending root.
     `drafted` and `accepted` count nodes; `offered_at[d]` counts the steps whose draft reached
     depth d + 1, `accepted_at[d]` those whose committed path did. `reported` counts the tokens and
-    the characters that were passed to the callback.
+    the characters that were passed to the callback. `switch`: whose turn it is of two models.
     """
 
     index: int
@@ -50,6 +53,7 @@ class Request:
     accepted_at: list[int] = field(default_factory=list)
     reported: tuple[int, int] = (0, 0)
     error: Exception | None = None
+    switch: Switch | None = None
     _states: tuple[int, ControlStates] | None = None
 
     def __post_init__(self) -> None:

@@ -25,6 +25,17 @@ class Streamer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """How two models took turns: the number of new tokens before each switch, how many tokens the
+    small model wrote, and how many either read because the other had them before.
+    """
+
+    switches: tuple[int, ...]
+    small_tokens: int
+    caught_up: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """The continuation of one prompt.
 
@@ -32,6 +43,7 @@ class Result:
     string; `text` is cut before either and continues the prompt as written. `forwards` counts
     passes of the target, the prompt's included: one per token in plain decoding. `offered_at[d]`
     counts the steps that drafted d + 1 tokens deep, `accepted_at[d]` those that committed as deep.
+    `turns`: where two models wrote the text.
     """
 
     token_ids: list[int]
@@ -43,6 +55,7 @@ class Result:
     offered_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     lossless: bool = True
+    turns: Turns | None = None
 
     @classmethod
     def of(cls, request: Request) -> Result:
@@ -58,6 +71,7 @@ class Result:
             offered_at=request.offered_at,
             accepted_at=request.accepted_at,
             lossless=request.verification.lossless,
+            turns=request.switch.turns() if request.switch is not None else None,
         )
 
     @property

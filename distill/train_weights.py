@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target, free_for
-from spectool.checkpoint.dense import check_dense
-from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
+from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint, torch_dtype
+from spectool.checkpoint.trained import check_dense
 from spectool.data.text import check_ids
 from spectool.distill.data.samples import Sample, batches, by_length, read_corpus, split
 from spectool.distill.metrics import MetricsFile
@@ -36,7 +36,8 @@ from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
 from spectool.model.meta import build_meta, read_config
-from spectool.options import Config
+from spectool.model.packed import field_specs, replace_with_packed
+from spectool.options import Config, options_of
 from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import OPTIMIZERS, Metrics, check_optimizer
 
@@ -132,8 +133,8 @@ def train_weights(
                 writer = stack.enter_context(opened)
         task = replace(
             task,
-            model=_load(checkpoint, where),
-            teacher=None if teacher is None else _load(teacher, where),
+            model=_load(checkpoint, where, "packed"),
+            teacher=None if teacher is None else _load(teacher, where, "dense"),
         )
         objective = import_method(job.method, "objective")(task, job.config)
         objective.prepare(writer, reporter)
@@ -165,9 +166,10 @@ def _prepare(
     """
     check_target(out, overwrite=overwrite)
     check_paths(checkpoint.path, out)
-    check_dense(checkpoint)
-    check_optimizer(job.optimizer, device)
     kind: Any = import_method(job.method, "objective")
+    if not (kind.takes_packed and checkpoint.layout.is_packed):
+        check_dense(checkpoint)
+    check_optimizer(job.optimizer, device)
     if kind.needs_teacher and job.teacher is None:
         raise UsageError(f"{job.method}: no teacher to learn from", hint="--teacher MODEL")
     if job.teacher is not None and not kind.takes_teacher:
@@ -180,7 +182,7 @@ def _prepare(
     task = WeightTask(
         name=job.method,
         # The weights come after the plan.
-        model=copy.deepcopy(architecture.model),
+        model=_copy_without_weights(architecture),
         source=checkpoint,
         architecture=architecture,
         texts=texts,
@@ -201,9 +203,18 @@ def _prepare(
     return plan, task, teacher
 
 
-def _load(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
-    """Load a model in float32, quantized weights unpacked."""
-    return load_model(checkpoint, dtype=torch.float32, device=str(device), runtime="dense")
+def _copy_without_weights(architecture: Architecture) -> PreTrainedModel:
+    """Return the model on the meta device, with the packed matrices of its checkpoint."""
+    model, layout = copy.deepcopy(architecture.model), architecture.layout
+    tensors = {name: (torch_dtype(each), each.shape) for name, each in layout.tensors.items()}
+    with torch.device("meta"):
+        replace_with_packed(model, layout.modules, field_specs(tensors), dtype=torch.float32)
+    return model
+
+
+def _load(checkpoint: Checkpoint, device: torch.device, runtime: str) -> PreTrainedModel:
+    """Load a model in float32."""
+    return load_model(checkpoint, dtype=torch.float32, device=str(device), runtime=runtime)
 
 
 def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
@@ -262,14 +273,17 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     changed = objective.weights.changed()
     check_writable(architecture, changed)
     table: Any = architecture.model.get_input_embeddings()
-    models = (1 + objective.frozen_copies) * parameters
+    changed_weights = sum(tensor.numel() for tensor in changed.values())
+    layout = task.source.layout
+    models = layout.num_bytes if layout.is_packed else 4 * parameters
+    models += 4 * objective.frozen_copies * parameters
     if teacher is not None:
         config, trusted = read_config(teacher), teacher.trust_remote_code
         model = build_meta(config, trust_remote_code=trusted)
-        models += sum(p.numel() for p in model.parameters())
+        models += 4 * sum(p.numel() for p in model.parameters())
     # Of trained parameters also the gradient, the optimizer's moments, and three copies: the best,
     # and two while they are stored.
-    held = 4 * (models + parameters) + (16 + OPTIMIZERS[job.optimizer]) * trained
+    held = models + 4 * changed_weights + (16 + OPTIMIZERS[job.optimizer]) * trained
     if objective.weights.can_split and task.processes.size > 1:
         if job.optimizer != "adamw":
             raise UsageError(
@@ -277,7 +291,7 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
                 hint="--optimizer adamw",
             )
         # Models are whole until the training begins.
-        held = max(held // task.processes.size, 4 * models)
+        held = max(held // task.processes.size, models)
     # Logits with their gradient and log probabilities.
     copies = 6 if teacher is not None or objective.frozen_copies else 3
     logits = 4 * copies * table.num_embeddings * job.batch_tokens
@@ -296,7 +310,7 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         parameters=parameters,
         trained=trained,
         changed_tensors=len(changed),
-        changed_weights=sum(tensor.numel() for tensor in changed.values()),
+        changed_weights=changed_weights,
         memory_bytes=needed,
         # Two states: the weights, the best of them and the optimizer's moments.
         disk_bytes=sum(path.stat().st_size for path in task.source.layout.files)
@@ -320,10 +334,11 @@ def _make_identity(
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of OUT, without paths."""
     everything: Sequence[Sample] = [*texts.samples, *(s for b in texts.held_out for s in b)]
+    paths = {each.name for each in options_of(type(job.config)) if each.type is Path}
     left_out = ("data", "field", "template_arg", "teacher")
     return {
         "method": job.method,
-        "options": job.config.as_dict(),
+        "options": {k: v for k, v in job.config.as_dict().items() if k not in paths},
         **{key: value for key, value in job.as_dict().items() if key not in left_out},
         "teacher": None if teacher is None else teacher.fingerprint(),
         "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),

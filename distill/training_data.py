@@ -25,18 +25,19 @@ from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import (
+    FEATURES,
     OnlineTexts,
     StoredTexts,
     Texts,
     check_store,
     feature_names,
-    finish_store,
     open_store,
     store,
 )
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import SHORTEST, Sample
 from spectool.distill.data.server import Server, rewrite
+from spectool.distill.data.store import finish_store
 from spectool.distill.data.texts import GroupWriter, as_samples, as_tensors
 from spectool.distill.plan import HeadsJob, Setup
 from spectool.distill.processes import Processes
@@ -140,7 +141,8 @@ class DataPreparation:
                 return made
             with self.processes.together():
                 if store_writer is not None:
-                    finish_store(store_writer, self.key, self.needs)
+                    names = feature_names(self.needs)
+                    finish_store(store_writer, FEATURES, self.key, "features-", features=names)
         with self.processes.together():
             stored = self.stored()
         assert stored is not None

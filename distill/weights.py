@@ -41,6 +41,10 @@ class TrainedWeights(ABC):
     def split(self, processes: Processes) -> None:
         """Split the parameters among several processes, if they can be split."""
 
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return the trained parameters in groups, each with its learning rate."""
+        return [{"params": [p for p in self.module.parameters() if p.requires_grad], "lr": rate}]
+
     @abstractmethod
     def changed(self) -> dict[str, Tensor]:
         """Return the changed tensors by the model's names, in its memory; called at the end.

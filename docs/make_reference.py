@@ -76,6 +76,10 @@ def reference() -> str:
             *_options(name, "kv"),
             "",
         ]
+    lines += ["## Strategies", "", "Options are written `--strategy name:key=value`.", ""]
+    for name in methods.list_methods("strategy"):
+        row = methods.get_method(name, "strategy")
+        lines += [f"### {name}", "", *_row(row), "", *_options(name, "strategy"), ""]
     lines += ["## Verification rules", "", "| `--verify` | |", "|---|---|"]
     for name in methods.list_methods("verifier"):
         row = methods.get_method(name, "verifier")

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint.artifact import ArtifactWriter, Content, check_paths, num_bytes
-from spectool.checkpoint.dense import read_companions
 from spectool.checkpoint.headers import TensorEntry
 from spectool.checkpoint.tensors import Checkpoint
+from spectool.checkpoint.trained import read_companions
 from spectool.errors import UnsupportedError, UsageError
 from spectool.files import json_bytes
 from spectool.kernels.pack import pack_bits

@@ -12,8 +12,8 @@ import torch
 
 from spectool.checkpoint import artifact
 from spectool.checkpoint.artifact import ArtifactWriter
-from spectool.checkpoint.dense import check_dense
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
+from spectool.checkpoint.trained import check_dense
 from spectool.data.text import builtin_text
 from spectool.distill.objectives.base import training_bytes
 from spectool.errors import UsageError

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from spectool.checkpoint.artifact import ArtifactWriter
-from spectool.checkpoint.dense import read_companions
 from spectool.checkpoint.dtypes import with_plain_dtypes
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
+from spectool.checkpoint.trained import read_companions
 from spectool.files import json_bytes
 from spectool.model.loading import config_dtype
 from spectool.quantize.job import QuantizeJob

@@ -102,6 +102,11 @@ class PackedLinear(nn.Module):
         """Whether `forward` is a product with one matrix, so that a dense linear may replace it."""
         return True
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether the unpacked matrix has a gradient with respect to the floating fields."""
+        return self.is_matrix
+
     def has_kernel(self) -> bool:
         """Whether `forward` computes with the codes on this machine instead of unpacking them."""
         return False

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode.cache import BatchCache, cache_argument
 from spectool.decode.protocol import Needs
+from spectool.decode.request import Request
 from spectool.decode.target import rotary
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
@@ -63,8 +64,8 @@ class Target(ABC, Generic[CacheT]):
     after the first pass. `notes` lists what had to be changed or bounded to run the model
     correctly. `takes_drafts`: a pass of several tokens is correct after other passes; else
     `why_plain` says why not. `takes_trees`: a pass may hold a tree. `state_in_cache`: the cache
-    holds all state of a request, so requests can take turns. `cache_name` is the cache argument of
-    the model's forward.
+    holds all state of a request, so requests can take turns. `why_lossy` says why plain decoding is
+    not the model's own, where it is not. `cache_name` is the cache argument of the model's forward.
 
     Raises:
         UsageError: a context longer than the model's.
@@ -74,6 +75,7 @@ class Target(ABC, Generic[CacheT]):
     takes_trees = True
     why_plain = ""
     state_in_cache = True
+    why_lossy = ""
     kv = "dense"
     kv_bytes_per_token: int | None = None
 
@@ -154,6 +156,12 @@ class Target(ABC, Generic[CacheT]):
 
         Raises:
             UnsupportedError: the state cannot go back to before such a pass.
+        """
+
+    def observe(self, requests: Sequence[Request], cache: CacheT, logits_BNV: Tensor) -> None:
+        """Take the logits that the next tokens are drawn from, as the requests' controls left them.
+
+        Called once after each pass that tokens are drawn from. Targets of one model ignore them.
         """
 
     @functools.cached_property

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,16 +22,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spectool.checkpoint.artifact import ArtifactWriter, write_atomically
 from spectool.checkpoint.checksums import Checksums
-from spectool.checkpoint.headers import TensorEntry, read_header, read_json
+from spectool.checkpoint.headers import TensorEntry, read_header
 from spectool.checkpoint.tensors import read_tensor
 from spectool.decode.protocol import Needs
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.samples import Sample, by_length, join
+from spectool.distill.data.store import read_store
 from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import TextCache, read_extra_rows, read_features
 from spectool.errors import UsageError
-from spectool.files import json_bytes
 from spectool.report import Reporter
 from spectool.training import TrainingBatch
 
@@ -158,24 +157,6 @@ def store(
     return StoredTexts([directory / shard for shard in shards], needs, target.device)
 
 
-def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> None:
-    """Turn a directory with all its shards into a finished store; drop shards of other data."""
-    shards = {}
-    for shard, entry in sorted(writer.manifest["shards"].items()):
-        if shard.startswith("features-"):
-            shards[shard] = entry["sha256"]
-        else:
-            writer.remove_shard(shard)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "made_for": key,
-        "features": feature_names(needs),
-        "shards": shards,
-        "files": sorted([FEATURES, *shards]),
-    }
-    writer.finish({FEATURES: json_bytes(record)})
-
-
 def open_store(
     path: Path, key: dict[str, Any], needs: Needs, device: torch.device
 ) -> tuple[StoredTexts, StoredTexts] | None:
@@ -200,24 +181,9 @@ def check_store(path: Path, key: dict[str, Any], needs: Needs) -> list[str] | No
         UsageError: `path` is not a store, or one of another target or other data.
         CheckpointError: the store's record is damaged.
     """
-    if not (path.exists() or path.is_symlink()):
+    record = read_store(path, FEATURES, key, "features")
+    if record is None:
         return None
-    if not (path / FEATURES).is_file():
-        raise UsageError(
-            f"{path}: holds no features", hint="name a directory that does not exist yet"
-        )
-    record = read_json(path / FEATURES)
-    before = record.get("made_for")
-    if record.get("format_version") != FORMAT_VERSION or not isinstance(before, dict):
-        raise UsageError(f"{path}: {FEATURES} is not one that this spectool can read")
-    changed = [name for name in sorted({*before, *key}) if before.get(name) != key.get(name)]
-    if changed:
-        name = changed[0]
-        raise UsageError(
-            f"{path}: holds features made with another {', '.join(changed)} "
-            f"({json.dumps(before.get(name))}, now {json.dumps(key.get(name))})",
-            hint="name another directory: a store is for one target and one set of texts",
-        )
     if missing := set(feature_names(needs)) - set(record["features"]):
         raise UsageError(
             f"{path}: holds the features {', '.join(record['features'])}, not {min(missing)}, "

@@ -14,10 +14,13 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectool.checkpoint.tensors import read_tensors
 from spectool.decode.cache import BatchCache
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
@@ -27,7 +30,10 @@ from spectool.decode.result import loop_start
 from spectool.decode.tree import Draft, Kind, chain
 from spectool.distill.data.regenerate import split_spans
 from spectool.distill.data.samples import SHORTEST, Sample
+from spectool.distill.data.store import read_store
 
+# Record of a store of trajectories.
+TRAJECTORIES = "spectool_trajectories.json"
 # A text ends where one token stands this many times in a row: such runs converge at once, and teach
 # the model to repeat itself.
 _RUN = 10
@@ -132,6 +138,18 @@ class TrajectoryDrafter(Drafter):
                 # Points that differed beyond the cut are equal now.
                 blocks.append([point for point, _ in itertools.groupby(cut)])
         return blocks
+
+
+def read_trajectories(path: Path, key: Mapping[str, Any]) -> list[Trajectory] | None:
+    """Read a store of trajectories with this key; None if it does not exist.
+
+    Raises: see `read_store`.
+    """
+    record = read_store(path, TRAJECTORIES, key, "trajectories")
+    if record is None:
+        return None
+    shards = sorted(record["shards"])
+    return [each for shard in shards for each in as_trajectories(read_tensors(path / shard))]
 
 
 def list_prompts(samples: Sequence[Sample], *, longest: int) -> list[Prompt]:

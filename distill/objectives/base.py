@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter
-from spectool.checkpoint.dense import write_dense
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
+from spectool.checkpoint.trained import write_trained
 from spectool.distill.data.samples import HasTokens, Sample, pad
 from spectool.distill.objective import Objective, seeded
 from spectool.distill.processes import ALONE, Processes, whole
@@ -75,7 +75,8 @@ class WeightTask:
 class WeightObjective(Objective):
     """Objective that changes weights. A method's constructor takes the task and its `Config`.
 
-    `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `generated_tokens`:
+    `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `takes_packed`:
+    whether it trains packed checkpoints too. `generated_tokens`:
     how many tokens the model generates at most before the training, for the plan. `draft`: the
     drafter that the training is for, if any; it is lossless against the new weights, whose text
     differs from the source's. `frozen_copies` of the model are kept beside it.
@@ -84,6 +85,7 @@ class WeightObjective(Objective):
     learning_rate: float
     takes_teacher: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    takes_packed: ClassVar[bool] = False
     generated_tokens = 0
     draft: str | None = None
     frozen_copies = 0
@@ -108,10 +110,11 @@ class WeightObjective(Objective):
         self.is_split = self.weights.can_split and task.processes.size > 1
         if task.teacher is not None:
             task.processes.split(task.teacher)
+        rate = self.learning_rate if task.learning_rate is None else task.learning_rate
         self.optimizer = make_optimizer(
             task.optimizer,
-            [p for p in self.module.parameters() if p.requires_grad],
-            rate=self.learning_rate if task.learning_rate is None else task.learning_rate,
+            self.weights.groups(rate),
+            rate=rate,
             betas=(0.9, 0.999),
             weight_decay=0.0,
         )
@@ -177,7 +180,7 @@ class WeightObjective(Objective):
             "best": history.best,
         }
         if writer is not None:
-            write_dense(writer, self.task.source, replaced, training)
+            write_trained(writer, self.task.source, replaced, training)
 
     def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
         """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL.

@@ -39,6 +39,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,19 +48,23 @@ from torch import Tensor
 
 from spectool import options
 from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.tensors import hash_json
 from spectool.decode.generate import Runner
 from spectool.decode.result import loop_start
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.noisy import NoisyRow, correct_half, lay_out, noise
 from spectool.distill.data.samples import pad
+from spectool.distill.data.store import finish_store
 from spectool.distill.data.texts import GroupWriter
 from spectool.distill.data.trajectories import (
+    TRAJECTORIES,
     Block,
     Trajectory,
     as_tensors,
     as_trajectories,
     collect,
     list_prompts,
+    read_trajectories,
 )
 from spectool.distill.objectives.base import (
     WeightObjective,
@@ -100,6 +105,9 @@ class Consistency(WeightObjective):
             None, "prompts of the data to continue, drawn at random; default: all", minimum=1
         )
         new_tokens: int = option(512, "tokens to generate after each prompt", minimum=16)
+        trajectories: Path | None = option(
+            None, "directory that keeps what the model generated, for later runs too"
+        )
         lora: int | None = option(
             None, "train low-rank updates of this rank in place of all weights", minimum=1
         )
@@ -168,11 +176,14 @@ class Consistency(WeightObjective):
         if config.prompts is not None:
             random.Random(f"{task.seed}/prompts").shuffle(self.given)
             self.given = self.given[: config.prompts]
-        room = [min(config.new_tokens, texts.seq_len - len(p.tokens)) for p in self.given]
-        self.generated_tokens = sum(room)
-        pairs = zip(self.given, room, strict=True)
-        full = [Trajectory(p.tokens, [[[0] * n]], p.reference) for p, n in pairs]
-        self.trajectories: Sequence[Trajectory] = full
+        stored = self._read_store()
+        if stored is None:
+            # As long as they can become, for the plan.
+            room = [min(config.new_tokens, texts.seq_len - len(p.tokens)) for p in self.given]
+            self.generated_tokens = sum(room)
+            pairs = zip(self.given, room, strict=True)
+            stored = [Trajectory(p.tokens, [[[0] * n]], p.reference) for p, n in pairs]
+        self.trajectories: Sequence[Trajectory] = stored
         self._group()
 
     def prepare(self, writer: ArtifactWriter | None, reporter: Reporter) -> None:
@@ -181,28 +192,17 @@ class Consistency(WeightObjective):
         Raises:
             TextError: none is left after the filters.
         """
-        model, config, texts = self.task.model, self.config, self.task.texts
+        model = self.task.model
         self.first_perplexity: float = super().evaluate()["perplexity"]
         self.first_likeliest = self._likeliest()
-        self._runner = runner = Runner(model)
+        self._runner = Runner(model)
         if self.frozen_copies:
             self.original: Any = copy.deepcopy(model)
             self.original.requires_grad_(False)
             self.original.train(False)
-        processes = self.task.processes
-        stored = GroupWriter(writer, processes, reporter, as_tensors, as_trajectories)
-        collected = stored(
-            "trajectories",
-            self.given,
-            lambda group, number: collect(
-                runner,
-                group,
-                block=config.block,
-                new_tokens=config.new_tokens,
-                context=texts.seq_len,
-                seed=f"{self.task.seed}/{number}",
-            ),
-        )
+        collected = self._read_store()
+        if collected is None:
+            collected = self._collect(writer, reporter)
         self.trajectories = list({tuple(each.text): each for each in collected}.values())
         if not self.trajectories:
             if writer is not None:
@@ -219,6 +219,50 @@ class Consistency(WeightObjective):
         super().begin()
         if self.frozen_copies:
             self.task.processes.split(self.original)
+
+    @property
+    def _key(self) -> dict[str, Any]:
+        """Return everything that decides the trajectories."""
+        prompts = [[p.tokens, p.reference, sorted(p.ends)] for p in self.given]
+        return {
+            "source": self.task.source.fingerprint(),
+            "prompts": hash_json(prompts),
+            "block": self.config.block,
+            "new_tokens": self.config.new_tokens,
+            "seq_len": self.task.texts.seq_len,
+            "seed": self.task.seed,
+        }
+
+    def _read_store(self) -> list[Trajectory] | None:
+        """Read the trajectories that an earlier run kept, if any; see `read_store`."""
+        path = self.config.trajectories
+        return None if path is None else read_trajectories(path, self._key)
+
+    def _collect(self, writer: ArtifactWriter | None, reporter: Reporter) -> list[Trajectory]:
+        """Continue the prompts, group by group, next to OUT or in a store of their own."""
+        config, processes, path = self.config, self.task.processes, self.config.trajectories
+        with contextlib.ExitStack() as stack:
+            with processes.together():
+                if writer is not None and path is not None:
+                    key = self._key | {"threads": torch.get_num_threads()}
+                    writer = stack.enter_context(ArtifactWriter(path, identity=key))
+            stored = GroupWriter(writer, processes, reporter, as_tensors, as_trajectories)
+            collected = stored(
+                "trajectories",
+                self.given,
+                lambda group, number: collect(
+                    self._runner,
+                    group,
+                    block=config.block,
+                    new_tokens=config.new_tokens,
+                    context=self.task.texts.seq_len,
+                    seed=f"{self.task.seed}/{number}",
+                ),
+            )
+            with processes.together():
+                if writer is not None and path is not None:
+                    finish_store(writer, TRAJECTORIES, self._key, "trajectories-")
+        return collected
 
     def _group(self) -> None:
         """Group the trajectories into the batches of the steps."""

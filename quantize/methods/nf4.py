@@ -119,6 +119,11 @@ class NF4Linear(PackedLinear):
         weight: Tensor = bitsandbytes().functional.dequantize_4bit(self.q.codes.view(-1, 1), flat)
         return weight.view(self.out_features, self.in_features)
 
+    @property
+    def is_differentiable(self) -> bool:
+        # bitsandbytes unpacks without a gradient.
+        return False
+
     def has_kernel(self) -> bool:
         # On a CPU bitsandbytes' product unpacks the whole matrix at every call.
         return self.q.codes.is_cuda and self.in_features % self.config.block_size == 0

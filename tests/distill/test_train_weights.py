@@ -52,9 +52,16 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def train(source: Path, out: Path, text: str, method: str = "lora", **asked: Any) -> Any:
-    own = {"lora": {"rank": 4}, "consistency": {"block": 4, "new_tokens": 16, "prompts": 28}}
-    config = import_method(method, "objective").Config(**own.get(method, {}))
+def train(
+    source: Path,
+    out: Path,
+    text: str,
+    method: str = "lora",
+    own: dict[str, Any] | None = None,
+    **asked: Any,
+) -> Any:
+    given = {"lora": {"rank": 4}, "consistency": {"block": 4, "new_tokens": 16, "prompts": 28}}
+    config = import_method(method, "objective").Config(**given.get(method, {}) | (own or {}))
     options = {
         "steps": 12, "seq_len": 48, "batch_tokens": 192, "held_out": 2, "learning_rate": 2e-2,
         **asked,
@@ -260,6 +267,34 @@ def test_trajectories_that_were_collected_are_not_collected_again(
     train(source, tmp_path / "out", text, "consistency", steps=2)
     assert groups[0] == total + 3 + total - 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_kept_trajectories_serve_later_runs(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are those of a run that collects its own, also where the collection was stopped."""
+    source, kept = checkpoint("llama"), tmp_path / "kept"
+    monkeypatch.setattr("spectool.distill.data.texts._GROUP", 8)
+    groups = count(monkeypatch, consistency, "collect")
+    train(source, tmp_path / "whole", text, "consistency", steps=2)
+    asked: dict[str, Any] = {"method": "consistency", "steps": 2, "own": {"trajectories": kept}}
+    with stopped(ArtifactWriter, "add_shard", after=2, only="trajectories"):
+        train(source, tmp_path / "out", text, **asked)
+    assert not kept.exists()
+    train(source, tmp_path / "out", text, **asked)
+    made = groups[0]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    asked["own"] |= {"variant": "cllm"}
+    planned = train(source, tmp_path / "cllm", text, **asked).plan
+    assert groups[0] == made and planned.generated_tokens == 0
+    asked["own"] |= {"block": 8}
+    with pytest.raises(UsageError, match="holds trajectories made with another block"):
+        train(source, tmp_path / "other", text, **asked)
+    (tmp_path / "empty").mkdir()
+    asked["own"] |= {"trajectories": tmp_path / "empty"}
+    with pytest.raises(UsageError, match="empty: holds no trajectories"):
+        train(source, tmp_path / "other", text, **asked)
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_refused(

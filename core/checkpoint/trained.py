@@ -1,7 +1,7 @@
-"""Writing of dense checkpoints: a source's files again, with some tensors replaced.
+"""Writing of trained checkpoints: a source's files again, with some tensors replaced.
 
-Files keep the source's names and contents: shards, index, configuration and companions. So
-transformers loads the result as it loads the source. A record of the training is added.
+Files keep the source's names and contents: shards, index, configuration and companions. So the
+result is loaded as the source is. A record of the training is added.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from spectool.checkpoint.artifact import ArtifactWriter, Content
+from spectool.checkpoint.artifact import ArtifactWriter, Content, listed_files
 from spectool.checkpoint.formats import FORMAT_VERSION
-from spectool.checkpoint.headers import INDEX_SUFFIX, TRAINING, find_weights
+from spectool.checkpoint.headers import (
+    INDEX_SUFFIX,
+    PACKED_INDEX,
+    TRAINING,
+    find_weights,
+    read_json,
+)
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.errors import UnsupportedError
 from spectool.files import json_bytes
@@ -46,7 +52,7 @@ def read_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
     }
 
 
-def write_dense(
+def write_trained(
     writer: ArtifactWriter,
     source: Checkpoint,
     replaced: Mapping[str, Tensor],
@@ -57,6 +63,9 @@ def write_dense(
     Tensors keep their stored dtypes. Finishes the writer; other shards than the weights go.
     """
     layout, files = source.layout, read_companions(source)
+    if layout.is_packed:
+        kept = listed_files(source.path) - {path.name for path in layout.files}
+        files |= {name: (source.path / name).read_bytes() for name in kept}
     for path in layout.files:
         contents: dict[str, Content] = {}
         for name, entry in layout.tensors.items():
@@ -73,7 +82,11 @@ def write_dense(
         "format_version": FORMAT_VERSION,
         **training,
         "checksums": writer.checksums(),
-        "files": sorted([*files, TRAINING, *writer.manifest["shards"]]),
+        "files": sorted({*files, TRAINING, *writer.manifest["shards"]}),
     }
     files[TRAINING] = json_bytes(record)
+    if layout.is_packed:
+        index = read_json(weights)
+        index["metadata"] |= {"checksums": record["checksums"], "files": record["files"]}
+        files[PACKED_INDEX] = json_bytes(index)
     writer.finish(files)
