@@ -10,6 +10,7 @@ from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output, describe_method, prepare_torch, size
 from spectool.distill.options import HeadsOptions
+from spectool.errors import UsageError
 from spectool.options import Config, option
 from spectool.shared_options import LoadOptions, WriteOptions
 
@@ -30,6 +31,29 @@ class HeadsOutput(WriteOptions):
     metrics: Path | None = option(
         None, "File for losses, learning rates and times, one JSON line per step"
     )
+    plot: Path | None = option(
+        None, "Picture of what --metrics holds, drawn at the end: a .png or .svg file"
+    )
+
+    def validate(self) -> None:
+        """Check that there is something to draw."""
+        if self.plot is not None and self.metrics is None:
+            raise UsageError("--plot draws what --metrics holds", hint="--metrics FILE.jsonl")
+
+    def check_plot(self) -> None:
+        """Check, before the long run, that the picture can be drawn."""
+        if self.plot is not None:
+            from spectool.picture import check_picture
+
+            check_picture(self.plot)
+
+    def draw(self, output: Output) -> None:
+        """Draw the picture that was asked for."""
+        if self.plot is not None and self.metrics is not None:
+            from spectool.distill.curve import draw_curve
+
+            draw_curve(self.metrics, self.plot)
+            output.say(f"picture: {self.plot}")
 
 
 def train_heads(
@@ -49,6 +73,7 @@ def train_heads(
     from spectool.distill.processes import connect
 
     check_target(write.out, overwrite=write.overwrite)
+    write.check_plot()
     job = HeadsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, job, plan)
     device = load.resolve_device()
@@ -68,6 +93,8 @@ def train_heads(
             processes=processes,
             reporter=output,
         )
+        if processes.first:
+            write.draw(output)
         _finish(output, write.out, report)
 
 
