@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Verb:
 
     `run(output, method, config, ...)` runs it: `config` holds the method's own options, whose class
     is `config(method)`; the other parameters are `Config`s with the options of all methods.
+    `others`: the bodies of methods that take other options.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Verb:
     known: Callable[[], list[str]]
     config: Callable[[Any], type[Config]]
     run: Callable[..., None]
+    others: Mapping[str, Callable[..., None]] = field(default_factory=dict)
 
     def application(self) -> typer.Typer:
         """Return the typer application with a subcommand per method."""
@@ -91,8 +93,9 @@ class Verb:
         """Return the click command of one method, with the method's own options first."""
         row = methods.METHODS[name]
         own = self.config(methods.import_method(name, row.kind))
-        configs = {**configs_of(self.run), "config": own}
-        run = derive(self.run, configs, own=f"Options of {name}", method=name)
+        body = self.others.get(name, self.run)
+        configs = {**configs_of(body), "config": own}
+        run = derive(body, configs, own=f"Options of {name}", method=name)
         run.__doc__ = row.summary
         single = typer.Typer(add_completion=False)
         single.command(name, cls=Command)(run)

@@ -90,6 +90,11 @@ def describe_metrics(metrics: Mapping[str, Any]) -> str:
     if "perplexity" in metrics:
         followed = f", KL {metrics['kl']:.4f}" if "kl" in metrics else ""
         return f"perplexity {metrics['perplexity']:.3f}{followed}"
+    if "calibration_error" in metrics:
+        return (
+            f"loss {-metrics['score']:.4f}, acceptance {metrics['predicted']:.1%} predicted and "
+            f"{metrics['seen']:.1%} seen, {metrics['calibration_error']:.1%} apart by bins"
+        )
     accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy"])
     return f"{accuracy} by head and {metrics['score']:.2f} tokens per forward"
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectool import methods
 from spectool.checkpoint.checksums import Checksums, parse
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, TRAINING, Layout, read_json
 from spectool.cli.common import Output, size
-from spectool.distill.options import HeadsOptions, WeightsOptions
+from spectool.cli.train_heads import calibration_lines
+from spectool.distill.options import AcceptanceOptions, HeadsOptions, WeightsOptions
 from spectool.errors import CheckpointError, UsageError
 from spectool.options import Config, command_words, option, options_of
 from spectool.quantize.options import ComputeOptions, QuantizeOptions
@@ -201,6 +203,11 @@ def _heads_lines(path: Path, record: dict[str, Any]) -> Iterator[str]:
         f"{size(record['bytes'])}"
     )
     try:
+        if record["method"] in methods.list_methods("head"):
+            yield from calibration_lines(record["training"]["calibration"])
+            yield f"trained for: {record['target']['lineage']} and its quantized versions"
+            yield f"with the draft model: {record['target']['draft_model']['lineage']}"
+            return
         accuracy = " ".join(f"{share:.1%}" for share in record["accuracy"])
         yield f"held-out accuracy by head: {accuracy}"
         if conditional := " ".join(f"{share:.1%}" for share in record.get("conditional") or ()):
@@ -237,10 +244,13 @@ def heads_command(record: dict[str, Any]) -> list[str]:
         training["features"] = "offline:FEATURES"
     if training.get("regenerate_model"):
         training["regenerate_url"] = "http://HOST:PORT/v1"
+    options: type[Config] = HeadsOptions
+    if record["method"] in methods.list_methods("head"):
+        options, training["draft_model"] = AcceptanceOptions, "DRAFT"
     given = [
         LoadOptions(model="MODEL", **_recorded(LoadOptions, training)),
         WriteOptions(out=Path("OUT")),
-        HeadsOptions(**_recorded(HeadsOptions, training)),
+        options(**_recorded(options, training)),
     ]
     words = [*_spectool(training), "train-heads", record["method"], *command_words(*given)]
     return words + _own_words(record["options"])

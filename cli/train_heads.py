@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output, describe_method, prepare_torch, size
-from spectool.distill.options import HeadsOptions
+from spectool.distill.options import AcceptanceOptions, HeadsOptions
 from spectool.errors import UsageError
 from spectool.options import Config, option
 from spectool.shared_options import LoadOptions, WriteOptions
 
 if TYPE_CHECKING:
     from spectool.distill.plan import HeadsJob, HeadsPlan
+    from spectool.distill.train_acceptance import AcceptanceJob, AcceptancePlan, AcceptanceReport
     from spectool.distill.train_heads import HeadsReport
     from spectool.distill.train_weights import WeightsJob, WeightsPlan
 
@@ -112,7 +115,11 @@ def _show_plan(output: Output, job: HeadsJob, plan: HeadsPlan) -> None:
         output.say(f"plan: {writer} generates the answers first, temperature {job.temperature}")
 
 
-def say_texts(output: Output, job: HeadsJob | WeightsJob, plan: HeadsPlan | WeightsPlan) -> None:
+def say_texts(
+    output: Output,
+    job: HeadsJob | AcceptanceJob | WeightsJob,
+    plan: HeadsPlan | AcceptancePlan | WeightsPlan,
+) -> None:
     """Print how many texts a training reads, and whether they are cut."""
     output.say(
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
@@ -157,11 +164,85 @@ def _percentages(shares: list[float]) -> str:
     return " ".join(f"{share:.1%}" for share in shares)
 
 
+def train_acceptance(
+    output: Output,
+    method: str,
+    config: Config,
+    options: AcceptanceOptions,
+    load: LoadOptions,
+    write: HeadsOutput,
+) -> None:
+    """Train an acceptance head for a draft model of MODEL and write it to the directory OUT."""
+    prepare_torch(load.threads)
+    from spectool.checkpoint.dtypes import parse_dtype
+    from spectool.distill import train_acceptance as training
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"{method} is trained by one process", hint="start it without torchrun")
+    job = training.AcceptanceJob(config=config, **options.as_dict())  # type: ignore[arg-type]
+    output.show_plan = lambda plan: _show_acceptance_plan(output, job, plan)
+    output.resume = RESUME
+    report = training.train_acceptance(
+        load.open(),
+        write.out,
+        job,
+        dtype=parse_dtype(load.dtype),
+        device=load.resolve_device(),
+        runtime=load.runtime,
+        overwrite=write.overwrite,
+        metrics=write.metrics,
+        reporter=output,
+    )
+    _finish_acceptance(output, write.out, job, report)
+
+
+def _show_acceptance_plan(output: Output, job: AcceptanceJob, plan: AcceptancePlan) -> None:
+    output.say(
+        f"plan: {describe_method('acceptance', job.config)}, {plan.parameters / 1e6:.2f} M "
+        f"parameters, {size(plan.file_bytes)} on disk, memory at least {size(plan.memory_bytes)}"
+    )
+    say_texts(output, job, plan)
+    if job.regenerate:
+        output.say(f"plan: the model generates the texts first, temperature {job.temperature}")
+
+
+def _finish_acceptance(
+    output: Output, out: Path, job: AcceptanceJob, report: AcceptanceReport
+) -> None:
+    """Print how well the head that was written is calibrated."""
+    best = report.best
+    output.show(f"{out}: {report.parameters / 1e6:.2f} M parameters; acceptance on held-out chains")
+    for line in calibration_lines(best):
+        output.show(line)
+    output.show(f"{report.steps} steps, {report.seconds:.1f} s")
+    output.show(f"decode with --draft {job.draft_model}:acceptance={out},depth=16")
+    output.result(
+        {
+            "out": str(out),
+            "method": report.record.method,
+            "parameters": report.parameters,
+            "steps": report.steps,
+            "seconds": report.seconds,
+            "initial": report.initial,
+            "best": best,
+        }
+    )
+
+
+def calibration_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a table of predicted and seen acceptance by bins of the prediction."""
+    yield "  predicted    seen  tokens"
+    for row in (*metrics["calibration"], {**metrics, "tokens": "all"}):
+        yield f"  {row['predicted']:>9.1%} {row['seen']:>7.1%} {row['tokens']:>7}"
+    yield f"  mean distance {metrics['calibration_error']:.1%}"
+
+
 TRAIN_HEADS = Verb(
     name="train-heads",
     help="Train draft heads",
     kind="drafter",
-    known=methods.list_trainable,
-    config=lambda drafter: drafter.Heads.Config,
+    known=lambda: [*methods.list_trainable(), *methods.list_methods("head")],
+    config=lambda method: getattr(method, "Heads", method).Config,
     run=train_heads,
+    others={"acceptance": train_acceptance},
 )

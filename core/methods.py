@@ -19,6 +19,7 @@ Kind = Literal[
     "lm_head",
     "chooser",
     "drafter",
+    "head",
     "verifier",
     "kv",
     "strategy",
@@ -32,6 +33,7 @@ class Method:
     """A method: its target, its line in lists and reference pages, and the paper it comes from.
 
     A method of kind `lm_head` fits an lm_head and is a quantizer too; a chooser picks a quantizer.
+    A method of kind `head` trains a head that drafts nothing itself.
     """
 
     kind: Kind
@@ -254,6 +256,12 @@ METHODS: dict[str, Method] = {
         source="Wu et al., Hidden Transfer, 2024 (arXiv:2404.12022)",
         status="research",
         trainable=True,
+    ),
+    "acceptance": Method(
+        kind="head",
+        target="spectool.decode.heads.acceptance:AcceptanceHead",
+        summary="A head on a draft model ends its chains where a rejection is likely",
+        source="Huang et al., SpecDec++, 2024 (arXiv:2405.19715)",
     ),
     "greedy": Method(
         kind="verifier",

@@ -22,6 +22,7 @@ from spectool.checkpoint.headers import HEADS
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode.drafters.combined import Combined
 from spectool.decode.heads import artifact
+from spectool.decode.heads.acceptance import open_acceptance
 from spectool.decode.protocol import Drafter
 from spectool.decode.target.base import Target
 from spectool.errors import CheckpointError, UsageError
@@ -150,13 +151,24 @@ def _open_part(
         )
     checkpoint = _open_checkpoint(part.path, checksums)
     target.notes += checkpoint.layout.notes
-    return drafter(
+    opened: Any = drafter(
         loading.load_model(checkpoint, dtype=target.dtype, device=str(target.device)),
         part.config,
         target=target,
         tokenizer=loading.load_tokenizer(checkpoint),
         target_tokenizer=target_tokenizer,
     )
+    if part.config.acceptance is not None:
+        opened.acceptance_head = open_acceptance(
+            part.config.acceptance,
+            draft=opened.draft_model,
+            target=target,
+            tokenizer=target_tokenizer,
+            allow_other_target=allow_other_target,
+            checksums=checksums,
+        )
+    built: Drafter = opened
+    return built
 
 
 def _option_key(item: str) -> str:
@@ -188,6 +200,11 @@ def _parse_part(word: str, pairs: str) -> Part:
         name, path = "draft_model", _resolve_checkpoint(word)
         if (Path(path) / HEADS).is_file():
             name = artifact.read_record(Path(path)).method
+            if name in methods.list_methods("head"):
+                raise UsageError(
+                    f"{path}: its {name} head drafts nothing itself",
+                    hint=f"give the draft model that it was trained for: DRAFT:{name}={path}",
+                )
     elif name == "draft_model":
         raise UsageError(
             "draft_model needs a checkpoint",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from spectool.errors import UsageError
-from spectool.options import option
+from spectool.options import option, same_option
 from spectool.shared_options import TextOptions
 
 
@@ -117,6 +117,34 @@ class HeadsOptions(DataOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceOptions(CorpusOptions):
+    """Options of a training of an acceptance head, apart from where it runs.
+
+    Raises:
+        UsageError: no data, or options that exclude each other.
+    """
+
+    PANEL: ClassVar = "Training"
+
+    draft_model: str = option(..., "Checkpoint that drafts for MODEL, with the same tokenizer")
+    regenerate: bool = same_option(DataOptions, "regenerate")
+    temperature: float = option(
+        1.0, "Temperature of drafting and acceptance, and of --regenerate; 0: greedy", minimum=0
+    )
+    steps: int | None = option(None, "Optimizer steps; 0: write an untrained head", minimum=0)
+    epochs: int = same_option(HeadsOptions, "epochs")
+    batch_tokens: int = same_option(HeadsOptions, "batch_tokens")
+    learning_rate: float | None = same_option(HeadsOptions, "learning_rate")
+    warmup: float = same_option(HeadsOptions, "warmup")
+    optimizer: Literal["adamw", "adamw8bit"] = same_option(HeadsOptions, "optimizer")
+    seed: int = same_option(HeadsOptions, "seed")
+
+    def validate(self) -> None:
+        """Check what involves more than one option."""
+        _check_length(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsOptions(CorpusOptions):
     """Options of a training of weights that every objective has, apart from where it runs.
 
@@ -147,7 +175,7 @@ class WeightsOptions(CorpusOptions):
         _check_length(self)
 
 
-def _check_length(options: HeadsOptions | WeightsOptions) -> None:
+def _check_length(options: HeadsOptions | AcceptanceOptions | WeightsOptions) -> None:
     """Check that there is text, and one length of the training.
 
     Raises:

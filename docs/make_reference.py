@@ -60,6 +60,12 @@ def reference() -> str:
         if row.trainable:
             lines += [f"Training it (`train-heads {name}`):", ""]
             lines += [*_table(_own(TRAIN_HEADS, name)), ""]
+    lines += ["## Heads that a drafter reads", ""]
+    for name in methods.list_methods("head"):
+        lines += [f"### {name}", "", *_row(methods.METHODS[name]), ""]
+        lines += [f"Training it (`train-heads {name}`), which takes these options only:", ""]
+        parameters = TRAIN_HEADS.command(name).params
+        lines += [*_table([p for p in parameters if p.name not in ("help", "json", "debug")]), ""]
     lines += ["## Keys and values", "", "Options are written `--kv name:key=value`.", ""]
     for name in methods.list_methods("kv"):
         lines += [

@@ -6,6 +6,9 @@ constant number of branches or as a stochastic beam (Jeon et al. 2024, Kool et a
 temperature 0 tokens are drawn from q, the draft's distribution after warping, and the drafts carry
 this q. At 0 the trees hold the likeliest tokens instead: of each node (`rsd-c`) or of a beam.
 
+With an acceptance head a chain ends where a rejection is likely (`decode/heads/acceptance.py` says
+why the distribution stays).
+
 The draft's cache holds committed tokens up to the root; the proposed tree grows in the cache's
 tail, level by level. Suffixes: B requests, F nodes that are expanded, V target vocabulary, C chains
 (or children of a node).
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.control.base import ControlStates
+from spectool.decode.heads.acceptance import AcceptanceHead
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome
 from spectool.decode.request import Request, apply_controls
@@ -45,7 +50,8 @@ class _Growth:
     """A request's draft while it grows. Node -1 is the root; `probs` begin with the root's q.
 
     `live` is false for padding; `frontier` are the nodes to expand next. `chains`: the last node of
-    each `iid` chain. `scores`: the beams' log q and perturbed log q.
+    each `iid` chain. `scores`: the beams' log q and perturbed log q. `accepted`: the predicted
+    probability that the target accepts all tokens of the chain.
     """
 
     request: Request
@@ -58,6 +64,7 @@ class _Growth:
     draws: dict[int, list[int]] = field(default_factory=dict)
     chains: list[int] = field(default_factory=list)
     scores: tuple[Tensor, Tensor] | None = None
+    accepted: float = 1.0
     states: dict[int, ControlStates] = field(default_factory=dict)
 
     def add(self, token: int, parent: int) -> int:
@@ -103,6 +110,8 @@ class _Growth:
 class DraftModelDrafter(Drafter):
     """Drafter by a smaller model, whose KV cache follows the committed tokens.
 
+    `acceptance_head`, if one is set, ends chains by the threshold.
+
     Raises:
         UnsupportedError: the draft model's vocabulary is not the target's.
     """
@@ -119,11 +128,23 @@ class DraftModelDrafter(Drafter):
             3, "chains, branches of a node or beams of a tree", minimum=1, maximum=64
         )
         nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        acceptance: Path | None = option(
+            None, "directory of an acceptance head, which ends chains where rejection is likely"
+        )
+        threshold: float = option(
+            0.3, "probability of a rejection above which it ends a chain", minimum=0, maximum=1
+        )
+
+        def validate(self) -> None:
+            """Check that an acceptance head gets chains."""
+            if self.acceptance is not None and self.tree != "chain":
+                raise UsageError(f"acceptance: the head ends chains, not tree={self.tree}")
 
     name = "draft_model"
     needs = Needs()
     combines = can_be_cut = False
     draft_model: AttentionTarget
+    acceptance_head: AcceptanceHead | None = None
 
     def __init__(
         self,
@@ -227,7 +248,10 @@ class DraftModelDrafter(Drafter):
         return torch.stack([zeros_V if logits_V is None else logits_V for logits_V in found])
 
     def _feed_level(self) -> Tensor:
-        """Feed the newest nodes of all trees; return the logits [B, F, V] after them."""
+        """Feed the newest nodes of all trees; return the logits [B, F, V] after them.
+
+        The acceptance head then ends chains with their next tokens, which are not drawn yet.
+        """
         size = max(len(growth.tokens) for growth in self._grown)
         for growth in self._grown:
             growth.pad(size)
@@ -237,8 +261,17 @@ class DraftModelDrafter(Drafter):
             for growth in self._grown
         ]
         tokens = [growth.tokens for growth in self._grown]
-        logits_BFV = self.draft_model.grow(self._cache, tokens, parents, fed=self._num_fed)
+        wanted = Needs(final=self.acceptance_head is not None)
+        with self.draft_model.capture_features(wanted) as features:
+            logits_BFV = self.draft_model.grow(self._cache, tokens, parents, fed=self._num_fed)
         self._num_fed = size
+        if self.acceptance_head is not None:
+            # A level of a chain is one node.
+            accepted_B = self.acceptance_head.probs(features["final"][:, 0]).tolist()
+            for growth, accepted in zip(self._grown, accepted_B, strict=True):
+                growth.accepted *= accepted
+                if 1 - growth.accepted > self.config.threshold:
+                    growth.depth = min(growth.depth, sum(growth.live) + 1)
         return logits_BFV
 
     def _expand(self, level: int, logits_BFV: Tensor) -> None:

@@ -27,7 +27,7 @@ from spectool.data.template import (
     render_checked,
 )
 from spectool.data.text import HUB_PREFIX, Reading, join_without_template, read_rows
-from spectool.distill.options import HeadsOptions, WeightsOptions
+from spectool.distill.options import AcceptanceOptions, HeadsOptions, WeightsOptions
 from spectool.errors import TextError, UnsupportedError
 from spectool.report import SILENT, Reporter
 
@@ -125,7 +125,10 @@ def read_samples(
 
 
 def read_corpus(
-    job: HeadsOptions | WeightsOptions, tokenizer: Any, seq_len: int, reporter: Reporter
+    job: HeadsOptions | AcceptanceOptions | WeightsOptions,
+    tokenizer: Any,
+    seq_len: int,
+    reporter: Reporter,
 ) -> list[Sample]:
     """Read the samples of a training; see `read_samples`."""
     return read_samples(

@@ -23,6 +23,7 @@ from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
+from spectool.decode.heads.acceptance import AcceptanceHead
 from spectool.decode.options import SamplingParams
 from spectool.decode.sampling import Draws, StepRandom
 from spectool.decode.tree import Draft, Kind
@@ -54,13 +55,17 @@ def toy(seed: int, layers: int = 1) -> PreTrainedModel:
 
 @torch.inference_mode()
 def exact_probs(
-    model: PreTrainedModel, sampling: SamplingParams, controls: Sequence[Control[Any]] = ()
+    model: PreTrainedModel,
+    sampling: SamplingParams,
+    controls: Sequence[Control[Any]] = (),
+    *,
+    length: int = LENGTH,
 ) -> dict[tuple[int, ...], float]:
-    """Return the probability of each text of LENGTH tokens, from cacheless logits.
+    """Return the probability of each text of `length` tokens, from cacheless logits.
 
     Each control starts anew from the prompt before each token, and reads the text up to there.
     """
-    texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
+    texts = list(itertools.product(range(VOCAB), repeat=length))
     logits = model(torch.tensor([PROMPT + list(text) for text in texts]), use_cache=False).logits
     found = {}
     for text, logits_SV in zip(texts, logits, strict=True):
@@ -73,7 +78,7 @@ def exact_probs(
                 row = control.process(state, row)
             rows[at] = row
         probs = sampling.probs(rows[None])[0].double()
-        found[text] = float(probs[range(LENGTH), list(text)].prod())
+        found[text] = float(probs[range(length), list(text)].prod())
     return found
 
 
@@ -93,9 +98,11 @@ def agrees(counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float]
     return distance < 1.5 * floor and float(p_value) > 1e-3
 
 
-def sample(runner: Runner, size: int, **options: Any) -> Counter[tuple[int, ...]]:
+def sample(
+    runner: Runner, size: int, *, length: int = LENGTH, **options: Any
+) -> Counter[tuple[int, ...]]:
     results = runner.generate(
-        [PROMPT] * size, max_new_tokens=LENGTH, batch_size=1000, seed=11, **options
+        [PROMPT] * size, max_new_tokens=length, batch_size=1000, seed=11, **options
     )
     return Counter(tuple(result.token_ids) for result in results)
 
@@ -320,6 +327,67 @@ def test_a_shared_generator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     shared_draws(monkeypatch)
     counts = sample(runner_for("none"), SAMPLES // 2, temperature=1.0)
     assert not agrees(counts, exact_probs(toy(0), SamplingParams(temperature=1.0)))
+
+
+class Adversary(AcceptanceHead):
+    """Head that ends a chain of `toy(4)` behind token 2, for certain, and never elsewhere."""
+
+    def __init__(self) -> None:
+        embedding = toy(4).get_input_embeddings().weight.detach()
+        super().__init__(AcceptanceHead.Config(num_blocks=0), embedding.shape[1])
+        self.direction_D = embedding[2]
+
+    def probs(self, state_RD: Tensor) -> Tensor:
+        # The state at a token resembles its embedding: the product is 0.9 to 1.5 at token 2, and
+        # at most 0.6 at the others.
+        return (state_RD @ self.direction_D < 0.7).float()
+
+
+def without_judged(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
+    """A verifier without the tokens that the adversary judged badly, as if they were not drawn."""
+    verdict = verify.rejection(draft, probs_NV, rng)
+    assert verdict.accept_N is not None
+    accept_N, emit_N = verdict.accept_N.clone(), verdict.emit_N.clone()
+    for node, token in enumerate(draft.tokens[1:-1], start=1):
+        if token == 2:
+            accept_N[node] = False
+            emit_N[node - 1] = rng.pick(probs_NV, draft.depths)[node - 1]
+    return Verdict(emit_N, accept_N)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"temperature": 1.0}, SAMPLES // 4),
+        pytest.param({"temperature": 1.0}, SAMPLES, marks=pytest.mark.slow),
+        *(
+            pytest.param({**options, "verify": name}, 5 * SAMPLES, marks=pytest.mark.slow)
+            for options in FILTERS
+            for name in (None, "token-match")
+        ),
+    ],
+)
+def test_chains_that_an_adversary_ends(
+    options: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head judges by the drawn token; dropping what it judged is a fault that is found."""
+    runner = Runner(toy(0))
+    config = DraftModelDrafter.Config(depth=3, threshold=0.5)
+    drafter = DraftModelDrafter(toy(4), config, target=runner.target)
+    drafter.acceptance_head = Adversary()
+    runner.use(drafter)
+    (result,) = runner.generate([PROMPT], max_new_tokens=24, temperature=1.0)
+    # Chains of two and of three tokens.
+    assert 0 < result.offered_at[2] < result.offered_at[1]
+    sampling = SamplingParams(**{key: options[key] for key in options if key != "verify"})
+    expected = exact_probs(toy(0), sampling, length=5)
+    assert agrees(sample(runner, size, length=5, **options), expected)
+    if size >= SAMPLES and options.get("verify") is None:
+        faulty = verify.Verification("rejection", without_judged, True)
+        monkeypatch.setattr(
+            "spectool.decode.generate.choose_verifier", lambda *given, **options: faulty
+        )
+        assert not agrees(sample(runner, size, length=5, **sampling.as_dict()), expected)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "+" not in pair and pair != "none"])
