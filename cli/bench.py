@@ -72,13 +72,14 @@ def bench(
 ) -> None:
     """Measure drafters against plain decoding and check that the output stays the same."""
     prepare_torch(load.threads)
-    from spectool.evaluate import picture
     from spectool.evaluate.measures.losslessness import list_mismatches
+    from spectool.evaluate.picture import draw
     from spectool.evaluate.results import as_json
     from spectool.machine import describe
+    from spectool.picture import check_picture
 
     if options.plot is not None:
-        picture.check_picture(options.plot)
+        check_picture(options.plot)
     runs = []
     for target in _targets(load, options.reference):
         runs += _run(output, options, text, verification, sampling, target)
@@ -96,7 +97,7 @@ def bench(
         output.show(comparison_table(runs))
     machine = describe()
     if options.plot is not None:
-        picture.draw(runs, machine, options.plot)
+        draw(runs, machine, options.plot)
         output.say(f"picture: {options.plot}")
     output.result({"machine": machine, **as_json(runs[0]), "other_runs": as_json(runs[1:])})
     broken = [f"{name} on {run.model}" for run in runs for name in list_mismatches(run)]

@@ -44,6 +44,7 @@ def distill(
     job = WeightsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, plan, dry_run=write.dry_run)
     output.resume = RESUME
+    write.check_plot()
     device = place.resolve_device()
     with connect(device) as processes:
         with processes.together():
@@ -59,6 +60,8 @@ def distill(
             processes=processes,
             reporter=output,
         )
+        if report is not None and processes.first:
+            write.draw(output)
     if report is not None:
         _finish(output, write.out, report)
 

@@ -34,6 +34,29 @@ class HeadsOutput(WriteOptions):
     metrics: Path | None = option(
         None, "File for losses, learning rates and times, one JSON line per step"
     )
+    plot: Path | None = option(
+        None, "Picture of what --metrics holds, drawn at the end: a .png or .svg file"
+    )
+
+    def validate(self) -> None:
+        """Check that there is something to draw."""
+        if self.plot is not None and self.metrics is None:
+            raise UsageError("--plot draws what --metrics holds", hint="--metrics FILE.jsonl")
+
+    def check_plot(self) -> None:
+        """Check, before the long run, that the picture can be drawn."""
+        if self.plot is not None:
+            from spectool.picture import check_picture
+
+            check_picture(self.plot)
+
+    def draw(self, output: Output) -> None:
+        """Draw the picture that was asked for."""
+        if self.plot is not None and self.metrics is not None:
+            from spectool.distill.curve import draw_curve
+
+            draw_curve(self.metrics, self.plot)
+            output.say(f"picture: {self.plot}")
 
 
 def train_heads(
@@ -53,6 +76,7 @@ def train_heads(
     from spectool.distill.processes import connect
 
     check_target(write.out, overwrite=write.overwrite)
+    write.check_plot()
     job = HeadsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, job, plan)
     device = load.resolve_device()
@@ -72,6 +96,8 @@ def train_heads(
             processes=processes,
             reporter=output,
         )
+        if processes.first:
+            write.draw(output)
         _finish(output, write.out, report)
 
 

@@ -6,37 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectool.errors import UsageError, require
 from spectool.evaluate.bench import Part, Run
-from spectool.files import replacing
+from spectool.picture import COLOURS, make_figure, save
 
-SUFFIXES = (".png", ".svg")
-# Okabe and Ito's colour-blind safe palette without its pale yellow. When the colours repeat,
-# hatches distinguish the bars.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+# When the colours repeat, hatches distinguish the bars.
 _HATCHES = ("", "//", "..", "xx")
 _GREYS = ("#666666", "#999999", "#CCCCCC")
 _LONGEST_NAME = 36
 
 
-def check_picture(path: Path) -> None:
-    """Check, before the long run, that a picture can be drawn and written to `path`.
-
-    Raises:
-        UsageError: the name ends in neither .png nor .svg, or the folder does not exist.
-        MissingExtra: matplotlib is not installed.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path}: expected a name that ends with .png or .svg")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: there is no folder {path.parent}")
-    _matplotlib()
-
-
 def draw(runs: Sequence[Run], machine: Mapping[str, Any], path: Path) -> None:
     """Draw a panel per run of `bench`, with a group of bars per category and one for all."""
-    plots, size = _matplotlib(), (8, 1 + 2.6 * len(runs))
-    figure = plots.figure.Figure(figsize=size, layout="constrained")
+    figure = make_figure(8, 1 + 2.6 * len(runs))
     panels = figure.subplots(len(runs), squeeze=False)[:, 0]
     for panel, run in zip(panels, runs, strict=True):
         _bars(panel, run)
@@ -46,16 +27,7 @@ def draw(runs: Sequence[Run], machine: Mapping[str, Any], path: Path) -> None:
     style = {"ncols": columns, "frameon": False, "fontsize": 8}
     figure.legend(handles, labels, loc="outside upper center", **style)
     figure.supxlabel(_small_print(runs, machine), fontsize=6, color="#555555")
-    # No date and no random ids, so that equal results give equal bytes.
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    with replacing(path) as temporary, plots.rc_context({"svg.hashsalt": "spectool"}):
-        figure.savefig(temporary, dpi=200, metadata=metadata)
-
-
-def _matplotlib() -> Any:
-    """Import matplotlib without pyplot, which would look for a display."""
-    require("matplotlib.figure", extra="eval", reason="--plot")
-    return require("matplotlib", extra="eval", reason="--plot")
+    save(figure, path)
 
 
 def _bars(panel: Any, run: Run) -> None:
@@ -65,7 +37,7 @@ def _bars(panel: Any, run: Run) -> None:
     for number, row in enumerate(run.rows[1:]):
         is_drafter = number < len(run.drafters)
         index = number if is_drafter else number - len(run.drafters)
-        colours = _COLOURS if is_drafter else _GREYS
+        colours = COLOURS if is_drafter else _GREYS
         left = number * width - 0.4 + width / 2
         bars = panel.bar(
             [group + left for group in range(len(groups))],

@@ -9,7 +9,8 @@ import pytest
 
 from spectool.errors import MissingExtra, UsageError
 from spectool.evaluate.bench import Part, Row, Run
-from spectool.evaluate.picture import check_picture, draw
+from spectool.evaluate.picture import draw
+from spectool.picture import check_picture
 
 MACHINE = {"processor": "A processor", "threads": 2, "versions": {"spectool": "0.1.0"}}
 
