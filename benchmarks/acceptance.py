@@ -96,7 +96,8 @@ def main() -> None:
             "--overwrite",
         )  # fmt: skip
         measured = measure(target, draft, head, given, temperature)
-        report[f"temperature {temperature:g}"] = {"training": trained, **measured}
+        training = {key: trained[key] for key in ("parameters", "seconds", "initial", "best")}
+        report[f"temperature {temperature:g}"] = {"training": training, **measured}
         record.write(RESULTS / f"{given.name}.json", report)
         print(json.dumps(measured["best"]), flush=True)
 

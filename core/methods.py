@@ -262,6 +262,7 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.heads.acceptance:AcceptanceHead",
         summary="A head on a draft model ends its chains where a rejection is likely",
         source="Huang et al., SpecDec++, 2024 (arXiv:2405.19715)",
+        status="research",
     ),
     "greedy": Method(
         kind="verifier",
