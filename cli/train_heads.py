@@ -180,6 +180,7 @@ def train_acceptance(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"{method} is trained by one process", hint="start it without torchrun")
     job = training.AcceptanceJob(config=config, **options.as_dict())  # type: ignore[arg-type]
+    write.check_plot()
     output.show_plan = lambda plan: _show_acceptance_plan(output, job, plan)
     output.resume = RESUME
     report = training.train_acceptance(
@@ -193,6 +194,7 @@ def train_acceptance(
         metrics=write.metrics,
         reporter=output,
     )
+    write.draw(output)
     _finish_acceptance(output, write.out, job, report)
 
 

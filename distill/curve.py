@@ -22,6 +22,9 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         found |= {f"held-out {name}": v for name, v in held_out if name not in ("step", "score")}
         for name, value in found.items():
             values = value if isinstance(value, list) else [value]
+            # The calibration of an acceptance head is a table.
+            if any(isinstance(each, dict) for each in values):
+                continue
             curves.setdefault(name.replace("_", " "), []).append((line["step"], values))
     figure = make_figure(6, 0.4 + 1.8 * len(curves))
     panels = figure.subplots(len(curves), squeeze=False, sharex=True)[:, 0]

@@ -42,17 +42,22 @@ def test_the_commands_draw_what_they_measured(
     pytest.importorskip("matplotlib")
     text, picture = tmp_path / "text.txt", tmp_path / "curve.png"
     text.write_text("def run(path: Path) -> None:\n    return path\n" * 60)
-    own = {"train-heads": ["medusa", "--num-heads", "2"], "distill": ["lora", "--rank", "2"]}
-    for command, (method, *options) in own.items():
-        words = [command, method, str(checkpoint("llama")), str(tmp_path / command), *options]
+    draft = str(checkpoint("llama", seed=1))
+    own = [
+        ("train-heads", "medusa", "--num-heads", "2"),
+        ("train-heads", "acceptance", "--draft-model", draft),
+        ("distill", "lora", "--rank", "2"),
+    ]
+    for command, method, *options in own:
+        words = [command, method, str(checkpoint("llama")), str(tmp_path / method), *options]
         words += ["--data", str(text), "--steps", "2", "--seq-len", "48", "--plot", str(picture)]
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 2 and "--plot draws what --metrics holds" in done.stderr
-        words += ["--metrics", str(tmp_path / f"{command}.jsonl")]
+        words += ["--metrics", str(tmp_path / f"{method}.jsonl")]
         refused = [str(tmp_path / "curve.txt") if w == str(picture) else w for w in words]
         done = CliRunner().invoke(app, refused)
         assert done.exit_code == 2 and "ends with .png or .svg" in done.stderr
-        assert not list(tmp_path.glob(f"{command}*"))
+        assert not list(tmp_path.glob(f"{method}*"))
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0 and f"picture: {picture}" in done.stderr, done.stderr
         assert picture.read_bytes().startswith(b"\x89PNG")
