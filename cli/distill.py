@@ -36,7 +36,7 @@ def distill(
     place: PlaceOptions,
     write: WeightsOutput,
 ) -> None:
-    """Train the weights of MODEL and write them to the directory OUT, a dense checkpoint."""
+    """Train the weights of MODEL and write them to the directory OUT, in the form of MODEL."""
     prepare_torch(place.threads)
     from spectool.distill.processes import connect
     from spectool.distill.train_weights import WeightsJob, train_weights

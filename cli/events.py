@@ -52,7 +52,7 @@ def describe(event: Any) -> Iterator[str]:
                 f"prompts, {event.passes_per_block:.1f} passes a block"
             )
         case TrainingStarts(steps, seconds):
-            yield f"{steps} steps, about {seconds / 60:.1f} min"
+            yield f"{steps} steps, about {seconds / 60:.1f} min, and the evaluations"
         case NotItsSource(name, reference):
             yield f"{reference}: {name} was not quantized from it; no layer errors"
         case PromptsLeftOut(left_out, total, room, context):

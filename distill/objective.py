@@ -131,7 +131,9 @@ class _State:
         if latest is None:
             return None
         paths, report = latest
-        return read_tensors(paths[self.processes.rank if self.is_split else 0]), report
+        with self.processes.together():
+            tensors = read_tensors(paths[self.processes.rank if self.is_split else 0])
+        return tensors, report
 
     def agree(self, due: bool) -> bool:
         """Let the first process decide, since the clocks of all differ."""

@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from spectool.distill.weights import TrainedWeights
 from spectool.errors import UnsupportedError
-from spectool.model.packed import Fields, PackedLinear, packed_modules
+from spectool.model.packed import Fields, PackedEmbedding, PackedLinear
 
 if TYPE_CHECKING:
     from spectool.distill.objectives.base import WeightTask
 
-# Values smaller than this on average, such as biases of zero, learn as if they had this size.
+# Norms and biases that are smaller than this on average, such as biases of zero, learn as if they
+# had this size.
 _SMALLEST = 1e-2
 
 
@@ -41,7 +42,10 @@ class PackedFields(TrainedWeights):
         for parameter in task.model.parameters():
             parameter.requires_grad_(parameter.ndim == 1)
         entries = task.source.layout.modules
-        for name, linear in packed_modules(task.model).items():
+        for name, part in task.model.named_modules():
+            linear = part.packed if isinstance(part, PackedEmbedding) else part
+            if not isinstance(linear, PackedLinear):
+                continue
             if not linear.is_differentiable:
                 method = entries[name]["method"] if name in entries else "its method"
                 raise UnsupportedError(f"{name}: the fields of {method} cannot be trained")
@@ -51,11 +55,13 @@ class PackedFields(TrainedWeights):
             trained.forward = functools.partial(_forward, linear)
 
     def groups(self, rate: float) -> list[dict[str, Any]]:
-        return [
-            {"params": [p], "lr": rate * max(_SMALLEST, float(p.detach().abs().mean()))}
-            for p in self.module.parameters()
-            if p.requires_grad
-        ]
+        groups = []
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                size = float(parameter.detach().abs().mean())
+                size = size if ".q." in name else max(_SMALLEST, size)
+                groups.append({"params": [parameter], "lr": rate * size})
+        return groups
 
     def changed(self) -> dict[str, Tensor]:
         """Return the fields, norms and biases."""

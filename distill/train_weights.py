@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target, free_for
+from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint, torch_dtype
 from spectool.checkpoint.trained import check_dense
 from spectool.data.text import check_ids
@@ -131,11 +133,12 @@ def train_weights(
             if processes.first:
                 opened = ArtifactWriter(out, identity=identity, overwrite=overwrite)
                 writer = stack.enter_context(opened)
-        task = replace(
-            task,
-            model=_load(checkpoint, where, "packed"),
-            teacher=None if teacher is None else _load(teacher, where, "dense"),
-        )
+        with processes.together():
+            task = replace(
+                task,
+                model=_load(checkpoint, where, "packed"),
+                teacher=None if teacher is None else _load(teacher, where, "dense"),
+            )
         objective = import_method(job.method, "objective")(task, job.config)
         objective.prepare(writer, reporter)
         history = train(objective, writer, processes=processes, reporter=reporter)
@@ -275,7 +278,7 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     table: Any = architecture.model.get_input_embeddings()
     changed_weights = sum(tensor.numel() for tensor in changed.values())
     layout = task.source.layout
-    models = layout.num_bytes if layout.is_packed else 4 * parameters
+    models = _packed_bytes(layout) if layout.is_packed else 4 * parameters
     models += 4 * objective.frozen_copies * parameters
     if teacher is not None:
         config, trusted = read_config(teacher), teacher.trust_remote_code
@@ -322,6 +325,17 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         generated_tokens=objective.generated_tokens,
         seq_len=texts.seq_len,
     )
+
+
+def _packed_bytes(layout: Layout) -> int:
+    """Estimate the bytes of a packed model in training, unpacked matrices included."""
+    tensors = layout.tensors.items()
+    size = sum(each.num_bytes if ".q." in name else 4 * each.num_elements for name, each in tensors)
+    weights = {name: math.prod(entry["shape"]) for name, entry in layout.modules.items()}
+    # The backward pass unpacks a linear again; those of experts stay unpacked from the forward on,
+    # with their codes as numbers.
+    experts = sum(weights[name] for name, each in layout.modules.items() if each.get("expert"))
+    return int(size + 8 * (experts + max(weights.values(), default=0)))
 
 
 def _make_identity(

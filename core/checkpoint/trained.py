@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectool.checkpoint.artifact import ArtifactWriter, Content, listed_files
+from spectool.checkpoint.artifact import ArtifactWriter, Content
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import (
     INDEX_SUFFIX,
@@ -30,6 +30,12 @@ COMPANIONS = (
     "chat_template*", "additional_chat_templates/*", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
 )  # fmt: skip
+
+# What `quantize` writes beside the shards, and what is added to the README of a trained result.
+_BESIDE_PACKED = ("README.md", "rules.yaml")
+_NOTE = f"""
+Its scales, zero points, codebooks, norms and biases were trained afterwards: `{TRAINING}`.
+""".encode()
 
 
 def check_dense(checkpoint: Checkpoint) -> None:
@@ -64,8 +70,11 @@ def write_trained(
     """
     layout, files = source.layout, read_companions(source)
     if layout.is_packed:
-        kept = listed_files(source.path) - {path.name for path in layout.files}
-        files |= {name: (source.path / name).read_bytes() for name in kept}
+        for name in _BESIDE_PACKED:
+            if (source.path / name).is_file():
+                files[name] = (source.path / name).read_bytes()
+        if (readme := files.get("README.md")) is not None and _NOTE not in readme:
+            files["README.md"] = readme + _NOTE
     for path in layout.files:
         contents: dict[str, Content] = {}
         for name, entry in layout.tensors.items():
@@ -78,9 +87,12 @@ def write_trained(
     weights = find_weights(source.path, layout.config)
     for name in ("config.json", *([weights.name] if weights.name.endswith(INDEX_SUFFIX) else ())):
         files[name] = (source.path / name).read_bytes()
+    trained_before = (source.path / TRAINING).is_file()
     record = {
         "format_version": FORMAT_VERSION,
         **training,
+        # A packed checkpoint may be trained again.
+        **({"before": read_json(source.path / TRAINING)} if trained_before else {}),
         "checksums": writer.checksums(),
         "files": sorted({*files, TRAINING, *writer.manifest["shards"]}),
     }

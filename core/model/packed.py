@@ -373,7 +373,7 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
             if isinstance(child, PackedExperts):
                 stacked = torch.stack([child[index] for index in range(len(child._modules))])
                 delattr(parent, leaf)
-                parent.register_parameter(leaf, nn.Parameter(stacked.to(dtype), False))
+                parent.register_parameter(leaf, nn.Parameter(stacked.to(dtype).contiguous(), False))
                 continue
             if isinstance(parent, PackedExperts):
                 continue
@@ -384,7 +384,7 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
                 continue
             # A tied lm_head has the fields of the embedding, and gets the same weight.
             if id(child.q) not in tables:
-                tables[id(child.q)] = nn.Parameter(child.dequantize().to(dtype), False)
+                tables[id(child.q)] = nn.Parameter(child.dequantize().to(dtype).contiguous(), False)
             if isinstance(child, PackedEmbedding):
                 table = child.embedding
                 del table.weight

@@ -42,6 +42,20 @@ def read_store(path: Path, name: str, key: Mapping[str, Any], what: str) -> dict
     return record
 
 
+def open_store(path: Path, key: dict[str, Any]) -> ArtifactWriter:
+    """Open the writer of a store, new or unfinished.
+
+    Raises:
+        UsageError: an unfinished store with another key.
+    """
+    try:
+        return ArtifactWriter(path, identity=key)
+    except UsageError as error:
+        raise UsageError(
+            str(error), hint=f"remove {path}.partial and {path}.partial.json, or name another one"
+        ) from error
+
+
 def finish_store(
     writer: ArtifactWriter, name: str, key: Mapping[str, Any], prefix: str, **more: Any
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectool.checkpoint import checksums
 from spectool.checkpoint.tensors import read_tensors
 from spectool.decode.cache import BatchCache
 from spectool.decode.generate import Runner
@@ -31,6 +32,7 @@ from spectool.decode.tree import Draft, Kind, chain
 from spectool.distill.data.regenerate import split_spans
 from spectool.distill.data.samples import SHORTEST, Sample
 from spectool.distill.data.store import read_store
+from spectool.errors import CheckpointError
 
 # Record of a store of trajectories.
 TRAJECTORIES = "spectool_trajectories.json"
@@ -143,13 +145,19 @@ class TrajectoryDrafter(Drafter):
 def read_trajectories(path: Path, key: Mapping[str, Any]) -> list[Trajectory] | None:
     """Read a store of trajectories with this key; None if it does not exist.
 
-    Raises: see `read_store`.
+    Raises:
+        UsageError: see `read_store`.
+        CheckpointError: a damaged file.
     """
     record = read_store(path, TRAJECTORIES, key, "trajectories")
     if record is None:
         return None
-    shards = sorted(record["shards"])
-    return [each for shard in shards for each in as_trajectories(read_tensors(path / shard))]
+    trajectories: list[Trajectory] = []
+    for shard, digest in sorted(record["shards"].items()):
+        if checksums.of_file(path / shard).sha256 != digest:
+            raise CheckpointError(f"{path / shard}: does not match its checksum")
+        trajectories += as_trajectories(read_tensors(path / shard))
+    return trajectories
 
 
 def list_prompts(samples: Sequence[Sample], *, longest: int) -> list[Prompt]:

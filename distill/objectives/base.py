@@ -76,8 +76,8 @@ class WeightObjective(Objective):
     """Objective that changes weights. A method's constructor takes the task and its `Config`.
 
     `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `takes_packed`:
-    whether it trains packed checkpoints too. `generated_tokens`:
-    how many tokens the model generates at most before the training, for the plan. `draft`: the
+    whether it trains packed checkpoints too. `generated_tokens`: how many tokens the model
+    generates at most before the training, for the plan. `draft`: the
     drafter that the training is for, if any; it is lossless against the new weights, whose text
     differs from the source's. `frozen_copies` of the model are kept beside it.
     """

@@ -54,7 +54,7 @@ from spectool.decode.result import loop_start
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.noisy import NoisyRow, correct_half, lay_out, noise
 from spectool.distill.data.samples import pad
-from spectool.distill.data.store import finish_store
+from spectool.distill.data.store import finish_store, open_store
 from spectool.distill.data.texts import GroupWriter
 from spectool.distill.data.trajectories import (
     TRAJECTORIES,
@@ -76,6 +76,7 @@ from spectool.distill.objectives.base import (
 from spectool.distill.objectives.lora import LoRA
 from spectool.distill.weights import FullWeights, LowRankUpdates
 from spectool.errors import TextError, UsageError
+from spectool.machine import software_versions
 from spectool.options import option
 from spectool.report import Reporter, TrajectoriesCollected
 from spectool.training import Metrics
@@ -231,6 +232,9 @@ class Consistency(WeightObjective):
             "new_tokens": self.config.new_tokens,
             "seq_len": self.task.texts.seq_len,
             "seed": self.task.seed,
+            "device": self.task.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": software_versions(),
         }
 
     def _read_store(self) -> list[Trajectory] | None:
@@ -244,8 +248,7 @@ class Consistency(WeightObjective):
         with contextlib.ExitStack() as stack:
             with processes.together():
                 if writer is not None and path is not None:
-                    key = self._key | {"threads": torch.get_num_threads()}
-                    writer = stack.enter_context(ArtifactWriter(path, identity=key))
+                    writer = stack.enter_context(open_store(path, self._key))
             stored = GroupWriter(writer, processes, reporter, as_tensors, as_trajectories)
             collected = stored(
                 "trajectories",

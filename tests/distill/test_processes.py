@@ -97,10 +97,16 @@ def alone(script: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 def weights_command(source: Path, teacher: Path, out: Path, kind: str) -> tuple[object, ...]:
     """Return the beginning of a training of weights; updates are not split, all weights are."""
-    if kind == "logits":
+    if kind in ("logits", "packed teacher", "packed student"):
         return "distill", "logits", source, out, "--teacher", teacher
     own = ("--lora", 4) if kind == "updates" else ("--ar-weight", 1)
     return "distill", "consistency", source, out, "--block", 4, "--new-tokens", 16, *own
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a checkpoint."""
+    files = map(load_file, folder.glob("*.safetensors"))
+    return {name: value for tensors in files for name, value in tensors.items()}
 
 
 @pytest.mark.slow
@@ -111,6 +117,8 @@ def weights_command(source: Path, teacher: Path, out: Path, kind: str) -> tuple[
         ("consistency", "qwen3"),
         ("consistency", "gpt2"),
         ("updates", "llama"),
+        ("packed teacher", "llama"),
+        ("packed student", "qwen3"),
     ],
 )
 def test_two_processes_train_weights_as_one(
@@ -118,6 +126,11 @@ def test_two_processes_train_weights_as_one(
 ) -> None:
     """Also where a step has a single text, so that one process has none."""
     source, teacher = checkpoint(family), checkpoint(family, seed=1)
+    if kind.startswith("packed"):
+        dense = teacher if kind == "packed teacher" else source
+        packing = ("quantize", "rtn", dense, tmp_path / "packed", "--bits", 3, "--group-size", 16)
+        assert alone(script, *packing).returncode == 0
+        source, teacher = (tmp_path / "packed" if p == dense else p for p in (source, teacher))
     words = (
         "--data", data, "--seq-len", 64, "--batch-tokens", 140, "--held-out", 4, "--steps", 8,
         "--learning-rate", 1e-3, "--json",
@@ -136,8 +149,7 @@ def test_two_processes_train_weights_as_one(
             numbers = {k: v for k, v in one.items() if isinstance(v, float) and k not in times}
             close = pytest.approx(numbers, abs=1e-5, rel=1e-5)
             assert {key: two[key] for key in numbers} == close
-    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
-    before = load_file(source / "model.safetensors")
+    one, two, before = map(read_weights, (tmp_path / "one", tmp_path / "two", source))
     assert any(not torch.equal(value, before[name]) for name, value in one.items())
     for name, value in one.items():
         # The gradient of a bias of keys is rounding only, which Adam takes for a direction.

@@ -31,7 +31,7 @@ from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.training import Training
 
-from ..conftest import contents
+from ..conftest import contents, flip
 from ..stopping import count, stopped
 from .conftest import storing_always
 
@@ -287,6 +287,9 @@ def test_kept_trajectories_serve_later_runs(
     asked["own"] |= {"variant": "cllm"}
     planned = train(source, tmp_path / "cllm", text, **asked).plan
     assert groups[0] == made and planned.generated_tokens == 0
+    flip(kept / "trajectories-00000.safetensors")
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        train(source, tmp_path / "other", text, **asked)
     asked["own"] |= {"block": 8}
     with pytest.raises(UsageError, match="holds trajectories made with another block"):
         train(source, tmp_path / "other", text, **asked)
