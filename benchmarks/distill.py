@@ -15,6 +15,7 @@ paired by prompt. Greedy output must equal plain decoding of the same weights. A
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", default="1e-3")
     parser.add_argument("--anchor", default="data")
     parser.add_argument("--ar-weight", default="1")
+    parser.add_argument("--loss-limit", default="0.03")
     parser.add_argument("--each", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--name", default="distill-2-core-cpu")
@@ -60,7 +62,7 @@ def main() -> None:
     model, out = given.shared / "models/codestory-10M", given.out
     texts = write_texts(given.shared / "data", out)
     write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
-    names = ("steps", "prompts", "learning_rate", "anchor", "ar_weight")
+    names = ("steps", "prompts", "learning_rate", "anchor", "ar_weight", "loss_limit")
     report: dict[str, Any] = {
         "benchmark": "distill",
         "machine": describe(),
@@ -76,9 +78,10 @@ def main() -> None:
                 "distill", "consistency", model, path, "--data", texts["train"], *TRAINING,
                 *VARIANTS[name], "--prompts", given.prompts, "--steps", given.steps,
                 "--learning-rate", given.learning_rate, "--anchor", given.anchor,
-                "--ar-weight", given.ar_weight, "--trajectories", out / "trajectories",
+                "--ar-weight", given.ar_weight, "--loss-limit", given.loss_limit, "--trajectories", out / "trajectories",
                 "--metrics", out / f"{name}.jsonl", "--overwrite",
             )  # fmt: skip
+            entry["curve"] = read_curve(out / f"{name}.jsonl")
         entry["eval"] = {
             text: spectool(
                 "eval", path, "--text", texts[text], "--dtype", "float32", "--window", 256,
@@ -93,6 +96,12 @@ def main() -> None:
         cllm, forcing = (results[name]["jacobi:window=16"] for name in VARIANTS)
         report["forcing - cllm"] = paired(cllm, forcing)
         record.write(RESULTS / f"{given.name}.json", report)
+
+
+def read_curve(metrics: Path) -> list[dict[str, Any]]:
+    """Read the held-out metrics of a training, a line an evaluation."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()[1:]]
+    return [{"step": line["step"], **line["held_out"]} for line in lines if "held_out" in line]
 
 
 def decode_all(path: Path, out: Path) -> tuple[dict[str, Any], dict[str, list[Result]]]:
