@@ -78,8 +78,9 @@ def main() -> None:
                 "distill", "consistency", model, path, "--data", texts["train"], *TRAINING,
                 *VARIANTS[name], "--prompts", given.prompts, "--steps", given.steps,
                 "--learning-rate", given.learning_rate, "--anchor", given.anchor,
-                "--ar-weight", given.ar_weight, "--loss-limit", given.loss_limit, "--trajectories", out / "trajectories",
-                "--metrics", out / f"{name}.jsonl", "--overwrite",
+                "--ar-weight", given.ar_weight, "--loss-limit", given.loss_limit,
+                "--trajectories", out / "trajectories", "--metrics", out / f"{name}.jsonl",
+                "--overwrite",
             )  # fmt: skip
             entry["curve"] = read_curve(out / f"{name}.jsonl")
         entry["eval"] = {
