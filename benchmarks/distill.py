@@ -90,6 +90,10 @@ def main() -> None:
             )
             for text in ("stories", "arithmetic", "book")
         }  # fmt: skip
+        for result in entry["eval"].values():
+            # Paths are the machine's own.
+            for text in result["read"]:
+                del text["source"]
         entry["decoded"], results[name] = decode_all(path, out)
         report[name] = entry
         record.write(RESULTS / f"{given.name}.json", report)
