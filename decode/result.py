@@ -26,8 +26,10 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turns:
-    """How two models took turns: the number of new tokens before each switch, how many tokens the
-    small model wrote, and how many either read because the other had them before.
+    """Record the turns of two models.
+
+    `switches`: the number of new tokens before each switch. `small_tokens`: those that the small
+    model wrote. `caught_up`: those that a model read because the other one had written them.
     """
 
     switches: tuple[int, ...]
