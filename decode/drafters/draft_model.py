@@ -27,15 +27,15 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.control.base import ControlStates
 from spectool.decode.heads.acceptance import AcceptanceHead
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome
 from spectool.decode.request import Request, apply_controls
 from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
-from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.target.base import Target
+from spectool.decode.target.exits import open_draft
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError, UsageError
 from spectool.options import option
@@ -135,15 +135,22 @@ class DraftModelDrafter(Drafter):
             0.3, "probability of a rejection above which it ends a chain", minimum=0, maximum=1
         )
 
+        exits: str | None = option(
+            None, "thresholds of its exits (.5/.5/0), or auto, those of `distill sorted`"
+        )
+
         def validate(self) -> None:
-            """Check that an acceptance head gets chains."""
-            if self.acceptance is not None and self.tree != "chain":
-                raise UsageError(f"acceptance: the head ends chains, not tree={self.tree}")
+            """Check that an acceptance head, or exits, get chains."""
+            given = [key for key in ("acceptance", "exits") if getattr(self, key) is not None]
+            if len(given) > 1:
+                raise UsageError("acceptance and exits exclude each other")
+            if given and self.tree != "chain":
+                raise UsageError(f"{given[0]}: for chains, not for tree={self.tree}")
 
     name = "draft_model"
     needs = Needs()
     combines = can_be_cut = False
-    draft_model: AttentionTarget
+    draft_model: Target[Any]
     acceptance_head: AcceptanceHead | None = None
 
     def __init__(
@@ -156,7 +163,7 @@ class DraftModelDrafter(Drafter):
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or self.Config()
-        self.draft_model = AttentionTarget(model)
+        self.draft_model = open_draft(model, self.config.exits)
         self._vocab_size = target.vocab_size
         _check_vocabulary(self.draft_model, target, tokenizer, target_tokenizer)
         self._device = target.device
@@ -230,7 +237,7 @@ class DraftModelDrafter(Drafter):
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
-    def _feed_committed(self, fresh: TreeCache) -> Tensor:
+    def _feed_committed(self, fresh: BatchCache) -> Tensor:
         """Feed committed tokens that the cache lacks, and the texts of new requests into `fresh`.
 
         Returns the logits [B, V] after each text. New texts pass apart from the others, which would
@@ -412,7 +419,7 @@ def _take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_vocabulary(
-    draft: AttentionTarget,
+    draft: Target[Any],
     target: Target[Any],
     tokenizer: PreTrainedTokenizerBase | None,
     target_tokenizer: PreTrainedTokenizerBase | None,
