@@ -1,8 +1,8 @@
 """Draft models with exits: a token is taken from the first layers where they are sure of it.
 
-Zhong et al., S2D, 2024 (arXiv:2407.01955). For each token the layers up to the first exit run. If
-the largest probability after the final norm and the lm_head exceeds the exit's threshold, the token
-comes from this distribution, else the layers up to the next exit run. The exit depends on the
+Kavehzadeh et al., S2D, 2024 (arXiv:2407.01955). For each token the layers up to the first exit run.
+If the largest probability after the final norm and the lm_head exceeds the exit's threshold, the
+token comes from this distribution, else the layers up to the next exit run. The exit depends on the
 draft's own distribution after the text alone, so the distribution that a token is drawn from is a
 function of the text, and verification is exact.
 
@@ -259,7 +259,7 @@ def parse_exits(text: str, model: PreTrainedModel) -> list[Exit]:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: config.json: exits are damaged") from error
     count = config.get_text_config(decoder=True).num_hidden_layers
-    if not (0 < layers[0] and layers[-1] <= count and layers == sorted(set(layers))):
+    if not layers or layers != sorted({*layers} & {*range(1, count + 1)}):
         raise CheckpointError(f"{name}: config.json: exits after {layers} of {count} layers")
     try:
         given = stored if text == "auto" else [float(part) for part in text.split("/")]

@@ -50,7 +50,6 @@ from spectool import options
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.tensors import hash_json
 from spectool.decode.generate import Runner
-from spectool.decode.result import loop_start
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.noisy import NoisyRow, correct_half, lay_out, noise
 from spectool.distill.data.samples import pad
@@ -66,6 +65,7 @@ from spectool.distill.data.trajectories import (
     list_prompts,
     read_trajectories,
 )
+from spectool.distill.measure import MEASURED_TOKENS, measure
 from spectool.distill.objectives.base import (
     WeightObjective,
     WeightTask,
@@ -80,9 +80,6 @@ from spectool.machine import software_versions
 from spectool.options import option
 from spectool.report import Reporter, TrajectoriesCollected
 from spectool.training import Metrics
-
-# Largest number of tokens generated after each held-out prompt to measure decoding.
-_MEASURED_TOKENS = 64
 
 
 class Consistency(WeightObjective):
@@ -164,7 +161,7 @@ class Consistency(WeightObjective):
             self.learning_rate = LoRA.learning_rate
         super().__init__(task, FullWeights(task) if lora is None else LowRankUpdates(task, lora))
         texts = task.texts
-        self.measured = min(_MEASURED_TOKENS, texts.seq_len // 2)
+        self.measured = min(MEASURED_TOKENS, texts.seq_len // 2)
         held_out = [sample for batch in texts.held_out for sample in batch]
         longest = texts.seq_len - self.measured
         self.prompts = list_prompts(held_out, longest=longest)
@@ -393,24 +390,8 @@ class Consistency(WeightObjective):
 
     def _measure(self) -> float:
         """Return tokens per forward of Jacobi decoding after the held-out prompts, up to loops."""
-        taken: list[list[int]] = [[] for _ in self.prompts]
         self._runner.use(self.draft)
-        results = self._runner.generate(
-            [prompt.tokens for prompt in self.prompts],
-            max_new_tokens=self.measured,
-            eos=[prompt.ends for prompt in self.prompts],
-            batch_size=8,
-            on_tokens=lambda index, tokens, text, drafted: taken[index].append(len(tokens)),
-        )
-        tokens = forwards = 0
-        for result, counts in zip(results, taken, strict=True):
-            end, done = loop_start(result.token_ids), 0
-            for count in counts:
-                if done < end:
-                    done += count
-                    forwards += 1
-            tokens += done
-        return tokens / forwards
+        return measure(self._runner, self.prompts, self.measured)[0]
 
 
 def _describe(prompts: Sequence[Any], trajectories: Sequence[Trajectory]) -> TrajectoriesCollected:
