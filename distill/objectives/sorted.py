@@ -198,11 +198,11 @@ class Sorted(WeightObjective):
         return {"tokens_per_forward": rate, "tokens_per_cost": rate / (1 + cost)}
 
     def _costs(self) -> Costs:
-        whole = sum(map(_num_weights, self._runner.target.layers()))
-        student: Any = self.task.model
-        head = _num_weights(student.get_output_embeddings())
+        target, student = self._runner.target, self.task.model
+        heads: Any = [each.get_output_embeddings() for each in (target.model, student)]  # type: ignore[no-untyped-call]
+        whole = sum(map(_num_weights, (*target.layers(), heads[0])))
         layers = {n: sum(map(_num_weights, self._blocks[:n])) for n in self.layers}
-        return Costs(layers, head, whole + head)
+        return Costs(layers, _num_weights(heads[1]), whole)
 
     def result_source(self, best: Metrics) -> Checkpoint:
         """Return the source with the calibrated thresholds in its configuration."""

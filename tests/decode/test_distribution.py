@@ -131,7 +131,6 @@ PAIRS = {
     "rsd-s+token-match": DraftModelDrafter.Config(depth=3, tree="rsd-s", width=2),
     # Their draft answers from its first, second or third layer.
     "exits": DraftModelDrafter.Config(depth=3, exits="auto"),
-    "exits+token-match": DraftModelDrafter.Config(depth=3, exits="auto"),
 }
 # The most general pairs run every time, all of them with `-m slow`.
 FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s", "exits"]
