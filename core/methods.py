@@ -169,6 +169,12 @@ METHODS: dict[str, Method] = {
         summary="Draft what followed the longest matching n-gram of the text (prompt lookup)",
         source="Saxena, Prompt Lookup Decoding, 2023",
     ),
+    "copy": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.copy:CopyDrafter",
+        summary="Draft the rest of the source from where the output stands in it; for corrections",
+        source="Sun et al., Aggressive Decoding, 2021 (arXiv:2106.04970)",
+    ),
     "recycle": Method(
         kind="drafter",
         target="spectool.decode.drafters.recycle:RecycleDrafter",

@@ -35,6 +35,7 @@ SIZES = [(30, 4), (1, 20), (12, 1), (70, 12), (9, 5), (41, 2), (3, 16), (18, 12)
 DRAFTERS = [
     "none",
     "ngram",
+    "copy",
     "trigram",
     "recycle",
     "jacobi:window=6",
