@@ -43,7 +43,8 @@ class SourceCache(TreeCache):
     def set_sources(self, states_BSD: Tensor, reads_BS: Tensor) -> None:
         """Take the sources of all rows; the next pass computes their keys and values."""
         self.states_BSD, self.reads_BS = states_BSD, reads_BS
-        self._source_layers: list[Any] = [DynamicLayer() for _ in self.stores]
+        kind: Any = DynamicLayer
+        self._source_layers: list[Any] = [kind() for _ in self.stores]
         sources = Cache(layers=list(self._source_layers))
         self.model_cache = EncoderDecoderCache(self._own_cache, sources)
 
