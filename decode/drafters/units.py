@@ -77,7 +77,7 @@ class UnitsDrafter(Drafter):
         )
 
     def attach(self, target: Target[Any]) -> None:
-        """Take the placeholder's embedding.
+        """Choose the placeholder and how many of them follow a node.
 
         Raises:
             UsageError: the target was not trained for units, or does not have the placeholder.
@@ -96,11 +96,12 @@ class UnitsDrafter(Drafter):
             raise UsageError(f"units:placeholder={placeholder}: the model has {size} tokens")
         self._num_placeholders = longest - 1
         ids_1 = torch.tensor([placeholder], device=target.device)
-        with torch.inference_mode():
-            row_D = target.model.get_input_embeddings()(ids_1)[0]
+        table = target.model.get_input_embeddings()
 
         def embed(hidden_BND: Tensor, slots_BN: Tensor, owners_BN: Tensor) -> Tensor:
-            return torch.where((slots_BN >= 0)[..., None], row_D, hidden_BND)
+            # During the pass, when split weights are whole; this hook does not run once more.
+            row_1D = table.forward(ids_1)
+            return torch.where((slots_BN >= 0)[..., None], row_1D, hidden_BND)
 
         self.needs = Needs(inject={-1: embed})
 
