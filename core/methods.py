@@ -165,6 +165,14 @@ METHODS: dict[str, Method] = {
         status="research",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "lexical-units": Method(
+        kind="objective",
+        target="spectool.distill.objectives.lexical_units:LexicalUnits",
+        summary="The model learns to guess several tokens where it is sure, for `--draft units`",
+        source="Sun et al., Lexical Unit Decoding, 2024 (arXiv:2405.15208)",
+        status="research",
+        also_in=("transformers", "vllm", "sglang"),
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",
@@ -176,6 +184,12 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.ngram:NgramDrafter",
         summary="Draft what followed the longest matching n-gram of the text (prompt lookup)",
         source="Saxena, Prompt Lookup Decoding, 2023",
+    ),
+    "copy": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.copy:CopyDrafter",
+        summary="Draft the rest of the source from where the output stands in it; for corrections",
+        source="Sun et al., Aggressive Decoding, 2021 (arXiv:2106.04970)",
     ),
     "recycle": Method(
         kind="drafter",
@@ -194,6 +208,13 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.jacobi:JacobiDrafter",
         summary="Draft the target's predictions for the previous draft window (Jacobi iteration)",
         source="Teng et al., Speculative Jacobi Decoding, 2024 (arXiv:2410.01699)",
+        status="research",
+    ),
+    "units": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.units:UnitsDrafter",
+        summary="Draft what placeholders after the last token guess, for `distill lexical-units`",
+        source="Sun et al., Lexical Unit Decoding, 2024 (arXiv:2405.15208)",
         status="research",
     ),
     "skip": Method(

@@ -37,8 +37,8 @@ from spectool.decode.generate import Runner
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.samples import Sample
 from spectool.distill.data.trajectories import Prompt
-from spectool.distill.measure import MEASURED_TOKENS, measure
 from spectool.distill.objectives.base import WeightObjective, WeightTask, read_logits
+from spectool.distill.objectives.decoding import MEASURED_TOKENS, tokens_per_forward
 from spectool.distill.weights import FullWeights
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.cut import count_layers, cut_layers
@@ -192,14 +192,14 @@ class Sorted(WeightObjective):
         drafter = DraftModelDrafter(self.task.model, config, target=self._runner.target)
         draft: Any = drafter.draft_model
         self._runner.use(drafter)
-        rate, results = measure(self._runner, self.prompts, MEASURED_TOKENS)
+        rate, results = tokens_per_forward(self._runner, self.prompts, MEASURED_TOKENS)
         passes = dict(zip((exit.layer for exit in draft.exits), draft.row_passes, strict=True))
         cost = self._costs().of_passes(passes) / sum(result.forwards for result in results)
         return {"tokens_per_forward": rate, "tokens_per_cost": rate / (1 + cost)}
 
     def _costs(self) -> Costs:
         target, student = self._runner.target, self.task.model
-        heads: Any = [each.get_output_embeddings() for each in (target.model, student)]  # type: ignore[no-untyped-call]
+        heads: Any = [each.get_output_embeddings() for each in (target.model, student)]
         whole = sum(map(_num_weights, (*target.layers(), heads[0])))
         layers = {n: sum(map(_num_weights, self._blocks[:n])) for n in self.layers}
         return Costs(layers, _num_weights(heads[1]), whole)

@@ -20,10 +20,12 @@ FAMILIES = ["llama", "gemma3", "qwen3", "gpt2", "opt", "gpt_neox", "mixtral"]
 
 SPECS = {
     "ngram": "ngram",
+    "copy": "copy",
     "recycle": "recycle",
     "trigram": "trigram",
     "jacobi": "jacobi:window=6",
     "jacobi joined": "jacobi:window=6+recycle",
+    "units": "units:longest=4,placeholder=7",
     "skip": "skip:search=4",
     "combined": "ngram+recycle+trigram",
     "tuned": "ngram+recycle:tune",
