@@ -173,6 +173,14 @@ METHODS: dict[str, Method] = {
         status="research",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "cross": Method(
+        kind="objective",
+        target="spectool.distill.objectives.cross:Cross",
+        summary="A small encoder-decoder learns from MODEL, for `--draft copy` and short outputs",
+        source="Elfeki et al., Return of the Encoder, 2025 (arXiv:2501.16273)",
+        status="research",
+        also_in=("transformers",),
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",
