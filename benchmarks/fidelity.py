@@ -41,9 +41,10 @@ from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.template import encode
 from spectool.data.text import read_text
+from spectool.data.windows import Batch, Windows, cut
 from spectool.errors import UsageError
 from spectool.evaluate.fidelity import score
-from spectool.evaluate.windows import Batch, ResidentLogProbs, Windows, cut
+from spectool.evaluate.log_probs import ResidentLogProbs
 from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
 from spectool.methods import import_method

@@ -22,6 +22,7 @@ from spectool.report import (
     Timing,
     TrainingStarts,
     TrajectoriesCollected,
+    UnitsMined,
 )
 
 
@@ -50,6 +51,11 @@ def describe(event: Any) -> Iterator[str]:
             yield (
                 f"{event.texts} trajectories of {event.tokens} tokens from {event.prompts} "
                 f"prompts, {event.passes_per_block:.1f} passes a block"
+            )
+        case UnitsMined(texts, tokens, units, inside):
+            yield (
+                f"{units} units in {texts} texts: {inside / tokens:.1%} of {tokens} tokens, "
+                f"{inside / units:.1f} tokens a unit"
             )
         case TrainingStarts(steps, seconds):
             yield f"{steps} steps, about {seconds / 60:.1f} min, and the evaluations"

@@ -157,6 +157,14 @@ METHODS: dict[str, Method] = {
         "(arXiv:2512.14681)",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "lexical-units": Method(
+        kind="objective",
+        target="spectool.distill.objectives.lexical_units:LexicalUnits",
+        summary="The model learns to guess several tokens where it is sure, for `--draft units`",
+        source="Sun et al., Lexical Unit Decoding, 2024 (arXiv:2405.15208)",
+        status="research",
+        also_in=("transformers", "vllm", "sglang"),
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",
@@ -186,6 +194,13 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.jacobi:JacobiDrafter",
         summary="Draft the target's predictions for the previous draft window (Jacobi iteration)",
         source="Teng et al., Speculative Jacobi Decoding, 2024 (arXiv:2410.01699)",
+        status="research",
+    ),
+    "units": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.units:UnitsDrafter",
+        summary="Draft what placeholders after the last token guess, for `distill lexical-units`",
+        source="Sun et al., Lexical Unit Decoding, 2024 (arXiv:2405.15208)",
         status="research",
     ),
     "skip": Method(

@@ -93,6 +93,16 @@ class TrajectoriesCollected:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitsMined:
+    """`texts` of `tokens` in the loss have `units`, of `tokens_in_units` in all."""
+
+    texts: int
+    tokens: int
+    units: int
+    tokens_in_units: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingStarts:
     """A training of `steps` steps starts, which takes about `seconds`."""
 

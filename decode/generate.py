@@ -363,7 +363,8 @@ class Runner:
             text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
             verification=self.verification(self.drafter, params, verify=verify, lossy=lossy),
         )
-        if request.controls and "forced" in self.drafter.kinds(params):
+        is_forced = "forced" in self.drafter.kinds(params)
+        if request.controls and is_forced and not self.drafter.applies_controls:
             raise UsageError(
                 "a cap accepts tokens that bans, biases and penalties would not",
                 hint="leave the cap of the drafter out",

@@ -295,7 +295,7 @@ def choose_verifier(
     if "forced" in kinds and not lossy:
         raise UsageError(
             "the drafter accepts some of its tokens untested, which changes the text",
-            hint="leave its cap out, or add --lossy",
+            hint="leave its cap or beta out, or add --lossy",
         )
     if "judged" in kinds and not lossy:
         raise UsageError(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.dtypes import parse_dtype
 from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
+from spectool.data.stored_log_probs import LogProbsWriter, StoredLogProbs, expected_bytes
 from spectool.data.template import encode
 from spectool.data.text import (
     BUILTIN,
@@ -29,22 +30,20 @@ from spectool.data.text import (
     read_prompts,
     read_text,
 )
+from spectool.data.windows import Windows, cut
 from spectool.decode.generate import Runner
 from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
-from spectool.evaluate.fidelity import LogProbsReference, Scores, score
-from spectool.evaluate.options import EvalOptions
-from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
-from spectool.evaluate.windows import (
+from spectool.evaluate.fidelity import LogProbsReference, Scores, StoredReference, score
+from spectool.evaluate.log_probs import (
     BlockwiseLogProbs,
     CachedLogProbs,
     LogProbs,
     ResidentLogProbs,
-    Windows,
-    cut,
     resident_bytes,
 )
+from spectool.evaluate.options import EvalOptions
 from spectool.machine import available_memory
 from spectool.model.loading import (
     check_device,
@@ -94,13 +93,13 @@ class Context:
         self.vocabulary = _vocabulary(self.checkpoint.layout)
 
     @cached_property
-    def reference(self) -> SavedReference | Checkpoint | None:
+    def reference(self) -> StoredLogProbs | Checkpoint | None:
         """The model to compare with: its log-probabilities in a file, or its checkpoint."""
         path = self.options.reference
         if path is None:
             return None
         if Path(path).is_file():
-            saved = SavedReference(Path(path))
+            saved = StoredLogProbs(Path(path))
             if saved.record.tokenizer != hash_vocabulary(self.tokenizer):
                 raise UsageError(f"{path}: was made with another tokenizer")
             if saved.record.vocabulary != self.vocabulary:
@@ -133,7 +132,7 @@ class Context:
     def windows(self) -> Windows:
         """The windows of the texts, or those of a reference in a file."""
         options, saved = self.options, self.reference
-        if isinstance(saved, SavedReference):
+        if isinstance(saved, StoredLogProbs):
             _check_windows(options, saved, self._context_length)
             windows, origin, text = saved.windows, str(options.reference), options.reference
         else:
@@ -156,14 +155,14 @@ class Context:
             writer = None
             if options.save_reference is not None:
                 path, top_k = options.save_reference, options.save_top_k
-                opened = ReferenceWriter(path, windows, self.vocabulary, top_k=top_k)
+                opened = LogProbsWriter(path, windows, self.vocabulary, top_k=top_k)
                 writer = stack.enter_context(opened)
-            reference: LogProbsReference | SavedReference | None = None
+            reference: LogProbsReference | StoredReference | None = None
             if "reference" in self.needs:
                 if isinstance(self.reference, Checkpoint):
                     reference = LogProbsReference(self._open_log_probs(self.reference))
-                else:
-                    reference = self.reference
+                elif self.reference is not None:
+                    reference = StoredReference(self.reference)
             scores = score(
                 windows,
                 self._open_log_probs(self.checkpoint, self.load.kv),
@@ -272,7 +271,7 @@ class Context:
         )
 
 
-def _check_windows(options: EvalOptions, saved: SavedReference, context: int) -> None:
+def _check_windows(options: EvalOptions, saved: StoredLogProbs, context: int) -> None:
     """Check that no option contradicts a saved reference, and that its windows fit.
 
     Raises:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from spectool.evaluate.windows import Batch, LogProbs, Windows
+from spectool.data.stored_log_probs import StoredLogProbs, sum_kept_kl
+from spectool.data.windows import Batch, Windows
+from spectool.evaluate.log_probs import LogProbs
 from spectool.report import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from spectool.evaluate.reference import SavedReference
 
 
 @dataclass(slots=True)
@@ -59,6 +57,32 @@ class LogProbsReference:
         return nll, sum_kl(ref_BLV, logp_BLV), same
 
 
+class StoredReference:
+    """Reference that a model is compared with, whose log-probabilities are in a file."""
+
+    def __init__(self, stored: StoredLogProbs) -> None:
+        self.stored = stored
+
+    def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
+        """See `LogProbsReference.compare`.
+
+        Raises:
+            CheckpointError: the file holds values that are not finite.
+        """
+        model = logp_BLV.reshape(-1, logp_BLV.shape[-1]).cpu()
+        ref = self.stored.read("logp", batch.group, batch.rows)
+        following = batch.ids_BL[:, 1:].reshape(-1, 1)
+        if self.stored.is_lossless:
+            same = int((ref.argmax(-1) == model.argmax(-1)).sum())
+            nll = -float(ref.gather(-1, following).sum(dtype=torch.float64))
+            return nll, sum_kl(ref, model), same
+        top = self.stored.read("top", batch.group, batch.rows).long()
+        same = int((top[:, 0] == model.argmax(-1)).sum())
+        chosen = self.stored.read("chosen", batch.group, batch.rows)
+        nll = -float(chosen.sum(dtype=torch.float64))
+        return nll, float(sum_kept_kl(ref, model.gather(-1, top))), same
+
+
 def sum_kl(ref: Tensor, ours: Tensor) -> float:
     """Sum KL(reference || model) over log-probabilities [..., V]."""
     kl = torch.nn.functional.kl_div(ours, ref, reduction="sum", log_target=True)
@@ -74,7 +98,7 @@ def score(
     log_probs: LogProbs,
     vocabulary: int,
     *,
-    reference: LogProbsReference | SavedReference | None = None,
+    reference: LogProbsReference | StoredReference | None = None,
     batch_size: int | None = None,
     sink: Callable[[Batch, Tensor], None] | None = None,
     reporter: Reporter = SILENT,

@@ -22,12 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import spectool
 from spectool import methods
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.data.windows import Batch, Windows
 from spectool.decode.generate import Runner
 from spectool.distill import plan as heads_plan
 from spectool.distill.train_heads import train_heads
 from spectool.errors import InputError
+from spectool.evaluate.log_probs import BlockwiseLogProbs, log_probs
 from spectool.evaluate.measures.layers import layer_errors
-from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
 from spectool.model.loading import load_tokenizer
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize

@@ -49,11 +49,8 @@ from torch import Tensor
 from spectool import options
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.tensors import hash_json
-from spectool.decode.generate import Runner
-from spectool.decode.result import loop_start
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.noisy import NoisyRow, correct_half, lay_out, noise
-from spectool.distill.data.samples import pad
 from spectool.distill.data.store import finish_store, open_store
 from spectool.distill.data.texts import GroupWriter
 from spectool.distill.data.trajectories import (
@@ -66,13 +63,8 @@ from spectool.distill.data.trajectories import (
     list_prompts,
     read_trajectories,
 )
-from spectool.distill.objectives.base import (
-    WeightObjective,
-    WeightTask,
-    divergence,
-    make_recipe,
-    read_logits,
-)
+from spectool.distill.objectives.base import WeightTask, divergence, make_recipe
+from spectool.distill.objectives.decoding import DecodingObjective, no_room
 from spectool.distill.objectives.lora import LoRA
 from spectool.distill.weights import FullWeights, LowRankUpdates
 from spectool.errors import TextError, UsageError
@@ -81,11 +73,8 @@ from spectool.options import option
 from spectool.report import Reporter, TrajectoriesCollected
 from spectool.training import Metrics
 
-# Largest number of tokens generated after each held-out prompt to measure decoding.
-_MEASURED_TOKENS = 64
 
-
-class Consistency(WeightObjective):
+class Consistency(DecodingObjective):
     """Objective of a model that Jacobi decoding solves in fewer passes."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +136,6 @@ class Consistency(WeightObjective):
             return range(int(first), int(first) + int(count))
 
     learning_rate = 2e-5
-    takes_teacher = False
 
     def __init__(self, task: WeightTask, config: Consistency.Config) -> None:
         self.config, self.bins = config, config.bin_range()
@@ -164,16 +152,9 @@ class Consistency(WeightObjective):
             self.learning_rate = LoRA.learning_rate
         super().__init__(task, FullWeights(task) if lora is None else LowRankUpdates(task, lora))
         texts = task.texts
-        self.measured = min(_MEASURED_TOKENS, texts.seq_len // 2)
-        held_out = [sample for batch in texts.held_out for sample in batch]
-        longest = texts.seq_len - self.measured
-        self.prompts = list_prompts(held_out, longest=longest)
         self.given = list_prompts(texts.samples, longest=texts.seq_len - config.block)
-        if (texts.samples and not self.given) or (held_out and not self.prompts):
-            raise TextError(
-                f"no prompt leaves room to continue within {texts.seq_len} tokens",
-                hint="a larger --seq-len, or other data",
-            )
+        if texts.samples and not self.given:
+            raise no_room(texts.seq_len)
         if config.prompts is not None:
             random.Random(f"{task.seed}/prompts").shuffle(self.given)
             self.given = self.given[: config.prompts]
@@ -193,12 +174,9 @@ class Consistency(WeightObjective):
         Raises:
             TextError: none is left after the filters.
         """
-        model = self.task.model
-        self.first_perplexity: float = super().evaluate()["perplexity"]
-        self.first_likeliest = self._likeliest()
-        self._runner = Runner(model)
+        super().prepare(writer, reporter)
         if self.frozen_copies:
-            self.original: Any = copy.deepcopy(model)
+            self.original: Any = copy.deepcopy(self.task.model)
             self.original.requires_grad_(False)
             self.original.train(False)
         collected = self._read_store()
@@ -254,7 +232,7 @@ class Consistency(WeightObjective):
                 "trajectories",
                 self.given,
                 lambda group, number: collect(
-                    self._runner,
+                    self.runner,
                     group,
                     block=config.block,
                     new_tokens=config.new_tokens,
@@ -287,23 +265,6 @@ class Consistency(WeightObjective):
             "anchor": anchor,
             "tokens": sum(row.size for row in rows),
         }
-
-    @torch.no_grad()
-    def evaluate(self) -> Metrics:
-        """Return held-out metrics; the score is Jacobi decoding's `tokens_per_forward`.
-
-        `agreement` is the share of held-out tokens after which the likeliest token is that of the
-        model before training. The score is negative where the perplexity rose beyond the limit.
-        """
-        metrics = super().evaluate()
-        pairs = zip(self._likeliest(), self.first_likeliest, strict=True)
-        same = torch.cat([now_R == first_R for now_R, first_R in pairs])
-        metrics["agreement"] = same.double().mean().item()
-        metrics["tokens_per_forward"] = self._measure()
-        rose = metrics["perplexity"] / self.first_perplexity - 1
-        within = rose <= self.config.loss_limit
-        metrics["score"] = metrics["tokens_per_forward"] if within else -rose
-        return metrics
 
     def make_row(self, trajectory: Trajectory, rng: random.Random) -> NoisyRow:
         """Choose a point of each block, with half of it corrected half of the time."""
@@ -379,38 +340,6 @@ class Consistency(WeightObjective):
         consistency = divergence(clean_RV, logits_BLV[layout.noisy_rows])
         counts = processes.sum([weight * len(clean_RV), weight * anchored])
         return weight * consistency / max(1.0, counts[0]), weight * anchor / counts[1]
-
-    @torch.no_grad()
-    def _likeliest(self) -> list[Tensor]:
-        """Return the likeliest ids [R] in place of the held-out tokens in the loss, by batch."""
-        self.module.eval()
-        likeliest = []
-        for samples in self.task.texts.held_out:
-            tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
-            best_BL = read_logits(self.module, tokens_BL).argmax(-1)
-            likeliest.append(best_BL[loss_mask_BL[:, 1:]])
-        return likeliest
-
-    def _measure(self) -> float:
-        """Return tokens per forward of Jacobi decoding after the held-out prompts, up to loops."""
-        taken: list[list[int]] = [[] for _ in self.prompts]
-        self._runner.use(self.draft)
-        results = self._runner.generate(
-            [prompt.tokens for prompt in self.prompts],
-            max_new_tokens=self.measured,
-            eos=[prompt.ends for prompt in self.prompts],
-            batch_size=8,
-            on_tokens=lambda index, tokens, text, drafted: taken[index].append(len(tokens)),
-        )
-        tokens = forwards = 0
-        for result, counts in zip(results, taken, strict=True):
-            end, done = loop_start(result.token_ids), 0
-            for count in counts:
-                if done < end:
-                    done += count
-                    forwards += 1
-            tokens += done
-        return tokens / forwards
 
 
 def _describe(prompts: Sequence[Any], trajectories: Sequence[Trajectory]) -> TrajectoriesCollected:

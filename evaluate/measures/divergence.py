@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from spectool.data.stored_log_probs import StoredLogProbs
 from spectool.evaluate.context import Context, Need
 from spectool.evaluate.measures.base import Measure
-from spectool.evaluate.reference import SavedReference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Divergence(Measure):
             reference=ReferenceModel(perplexity=scores.reference_perplexity),
             perplexity_ratio=scores.perplexity / scores.reference_perplexity,
             kl=scores.kl / scores.num_tokens,
-            kl_is_lower_bound=isinstance(reference, SavedReference) and not reference.is_lossless,
+            kl_is_lower_bound=isinstance(reference, StoredLogProbs) and not reference.is_lossless,
             top1_agreement=scores.same_top / scores.num_tokens,
         )
 

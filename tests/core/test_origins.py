@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 import spectool
 from spectool.checkpoint.headers import DENSE_FILE, DENSE_INDEX, TensorEntry
 from spectool.checkpoint.tensors import open_checkpoint, read_tensor
+from spectool.data.windows import Batch, Windows
 from spectool.errors import CheckpointError
-from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
+from spectool.evaluate.log_probs import BlockwiseLogProbs
 from spectool.model.architecture import Architecture
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.int8 import Int8

@@ -38,6 +38,7 @@ DRAFTERS = [
     "trigram",
     "recycle",
     "jacobi:window=6",
+    "units:longest=3,placeholder=7",
     "skip:search=4",
     "ngram+recycle",
     "chain",

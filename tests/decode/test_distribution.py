@@ -117,6 +117,7 @@ PAIRS = {
     "skip": "skip:nodes=4,depth=3",
     "jacobi": "jacobi:window=3",
     "jacobi joined": "jacobi:window=3+recycle:nodes=6",
+    "units": "units:longest=3,placeholder=0",
     "combined": "ngram:nodes=2+recycle:nodes=4",
     "tuned": "ngram+recycle:tune",
     "chain": DraftModelDrafter.Config(depth=2),

@@ -99,6 +99,8 @@ def weights_command(source: Path, teacher: Path, out: Path, kind: str) -> tuple[
     """Return the beginning of a training of weights; updates are not split, all weights are."""
     if kind in ("logits", "packed teacher", "packed student"):
         return "distill", "logits", source, out, "--teacher", teacher
+    if kind == "lexical-units":
+        return "distill", kind, source, out, "--alpha", 0
     own = ("--lora", 4) if kind == "updates" else ("--ar-weight", 1)
     return "distill", "consistency", source, out, "--block", 4, "--new-tokens", 16, *own
 
@@ -117,6 +119,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         ("consistency", "qwen3"),
         ("consistency", "gpt2"),
         ("updates", "llama"),
+        ("lexical-units", "llama"),
         ("packed teacher", "llama"),
         ("packed student", "qwen3"),
     ],

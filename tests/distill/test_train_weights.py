@@ -60,7 +60,11 @@ def train(
     own: dict[str, Any] | None = None,
     **asked: Any,
 ) -> Any:
-    given = {"lora": {"rank": 4}, "consistency": {"block": 4, "new_tokens": 16, "prompts": 28}}
+    given = {
+        "lora": {"rank": 4},
+        "consistency": {"block": 4, "new_tokens": 16, "prompts": 28},
+        "lexical-units": {"alpha": 0.0},
+    }
     config = import_method(method, "objective").Config(**given.get(method, {}) | (own or {}))
     options = {
         "steps": 12, "seq_len": 48, "batch_tokens": 192, "held_out": 2, "learning_rate": 2e-2,

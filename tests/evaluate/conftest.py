@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectool.evaluate.windows import Batch
+from spectool.data.windows import Batch
 
 
 class TableLogProbs:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from spectool.data.windows import cut
 from spectool.evaluate.fidelity import LogProbsReference, score
-from spectool.evaluate.windows import cut
 
 
 @pytest.mark.parametrize("bos", [None, 3])

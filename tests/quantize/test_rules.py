@@ -18,9 +18,10 @@ import spectool
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
+from spectool.data.windows import cut
 from spectool.errors import CheckpointError, UsageError
+from spectool.evaluate.log_probs import BlockwiseLogProbs, ResidentLogProbs
 from spectool.evaluate.measures.layers import layer_errors
-from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedEmbedding, PackedLinear, dense_weight
 from spectool.quantize.base import parse_quantizer

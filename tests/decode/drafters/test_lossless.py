@@ -24,6 +24,7 @@ SPECS = {
     "trigram": "trigram",
     "jacobi": "jacobi:window=6",
     "jacobi joined": "jacobi:window=6+recycle",
+    "units": "units:longest=4,placeholder=7",
     "skip": "skip:search=4",
     "combined": "ngram+recycle+trigram",
     "tuned": "ngram+recycle:tune",

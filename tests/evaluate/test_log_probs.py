@@ -8,8 +8,9 @@ import torch
 
 import spectool
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.data.windows import cut
 from spectool.errors import TextError
-from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
+from spectool.evaluate.log_probs import BlockwiseLogProbs, ResidentLogProbs
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import quantize

@@ -1,10 +1,11 @@
-"""Log-probabilities of a reference in a file, so that the original need not be loaded again.
+"""Log-probabilities of a model in a file, so that it need not be loaded again.
 
 The file holds the windows' tokens and, for every scored position, either all log-probabilities
 (float32: lossless) or the K largest and that of the next token. With K, the rest of the vocabulary
-counts as one event, so the KL is a lower bound; perplexity and top-1 agreement stay exact.
+counts as one event, so a KL from them is a lower bound; perplexity and top-1 agreement stay exact.
+A file serves as the reference of `eval` and as the teacher of `distill`.
 
-Shapes: S windows, B of a batch, L tokens, V vocabulary, K kept.
+Shapes: S windows, B of a batch, L tokens, V vocabulary, K kept, R positions.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from torch import Tensor
 from spectool.checkpoint.artifact import write_safetensors
 from spectool.checkpoint.headers import TensorEntry, read_header
 from spectool.checkpoint.tensors import all_finite, read_tensor
+from spectool.data.windows import Batch, Windows
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.evaluate.fidelity import sum_kl
-from spectool.evaluate.windows import Batch, Windows
 from spectool.files import disk_errors
 
 FORMAT_VERSION = 1
@@ -55,7 +55,7 @@ def expected_bytes(windows: Windows, vocabulary: int, top_k: int) -> int:
     return windows.num_tokens * each + 4 * sum(ids.numel() for ids in windows.groups)
 
 
-class ReferenceWriter:
+class LogProbsWriter:
     """Writer of a reference file, batch by batch; the file appears when it is finished.
 
     Raises:
@@ -122,7 +122,7 @@ class ReferenceWriter:
             write_safetensors(whole, {**ids, **entries}, asdict(record))
             whole.rename(self.path)
 
-    def __enter__(self) -> ReferenceWriter:
+    def __enter__(self) -> LogProbsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -135,8 +135,8 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
     file.write(tensor.contiguous().numpy().tobytes())
 
 
-class SavedReference:
-    """Reference file, read batch by batch.
+class StoredLogProbs:
+    """Reference file, read by rows of its windows.
 
     Raises:
         CheckpointError: the file is not a reference file, or is damaged.
@@ -166,39 +166,27 @@ class SavedReference:
     def is_lossless(self) -> bool:
         return self.record.top_k == 0
 
-    def _rows(self, name: str, batch: Batch) -> Tensor:
-        """Read the rows of a batch from a tensor of the file.
+    def read(self, name: str, group: int, windows: slice) -> Tensor:
+        """Read `logp` [R, K], `top` [R, K] or `chosen` [R] of all scored tokens of some windows.
+
+        `top` are the tokens that `logp` belongs to; a lossless file has neither it nor `chosen`.
 
         Raises:
             CheckpointError: they are not finite.
         """
         entry = self.entries[name]
-        before = sum(g.shape[0] * (g.shape[1] - 1) for g in self.windows.groups[: batch.group])
-        per_window = batch.ids_BL.shape[1] - 1
-        start = before + batch.rows.start * per_window
-        rows = read_tensor(entry, rows=slice(start, before + batch.rows.stop * per_window))
+        before = sum(g.shape[0] * (g.shape[1] - 1) for g in self.windows.groups[:group])
+        each = self.windows.groups[group].shape[1] - 1
+        span = slice(before + windows.start * each, before + windows.stop * each)
+        rows = read_tensor(entry, rows=span)
         if not all_finite(rows):
             raise CheckpointError(f"{entry.path}: {name} holds values that are NaN or infinite")
         return rows
 
-    def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        """See `LogProbsReference.compare`."""
-        model = logp_BLV.reshape(-1, logp_BLV.shape[-1]).cpu()
-        ref = self._rows("logp", batch)
-        following = batch.ids_BL[:, 1:].reshape(-1, 1)
-        if self.is_lossless:
-            same = int((ref.argmax(-1) == model.argmax(-1)).sum())
-            nll = -float(ref.gather(-1, following).sum(dtype=torch.float64))
-            return nll, sum_kl(ref, model), same
-        top = self._rows("top", batch).long()
-        ours = model.gather(-1, top)
-        kl = (ref.exp() * (ref - ours)).sum() + _rest_kl(ref, ours)
-        same = int((top[:, 0] == model.argmax(-1)).sum())
-        return -float(self._rows("chosen", batch).sum(dtype=torch.float64)), float(kl), same
 
-
-def _rest_kl(ref: Tensor, ours: Tensor) -> Tensor:
-    """Sum the KL term of all tokens that were not kept, taken as one event."""
-    p = (1 - ref.double().exp().sum(-1)).clamp(min=0)
-    q = (1 - ours.double().exp().sum(-1)).clamp(min=1e-30)
-    return torch.where(p > 0, p * (p.clamp(min=1e-30).log() - q.log()), 0.0).sum()
+def sum_kept_kl(ref_RK: Tensor, ours_RK: Tensor) -> Tensor:
+    """Sum KL(reference || model) of the K tokens kept, and of all others as one event."""
+    p_R = (1 - ref_RK.double().exp().sum(-1)).clamp(min=0)
+    q_R = (1 - ours_RK.double().exp().sum(-1)).clamp(min=1e-30)
+    rest_R = torch.where(p_R > 0, p_R * (p_R.clamp(min=1e-30).log() - q_R.log()), 0.0)
+    return (ref_RK.exp() * (ref_RK - ours_RK)).sum() + rest_R.sum()

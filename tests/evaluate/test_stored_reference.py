@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from spectool.data.stored_log_probs import LogProbsWriter, StoredLogProbs, expected_bytes
+from spectool.data.windows import Windows, cut
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.evaluate.fidelity import LogProbsReference, score
-from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
-from spectool.evaluate.windows import Windows, cut
+from spectool.evaluate.fidelity import LogProbsReference, StoredReference, score
 
 VOCABULARY = 7
 
@@ -19,11 +19,11 @@ def windows(bos: int | None = 3) -> Windows:
     return cut(ids, length=6, bos=bos)
 
 
-def save(log_probs: Any, path: Path, top_k: int, bos: int | None = 3) -> SavedReference:
-    with ReferenceWriter(path, windows(bos), VOCABULARY, top_k=top_k) as writer:
+def save(log_probs: Any, path: Path, top_k: int, bos: int | None = 3) -> StoredLogProbs:
+    with LogProbsWriter(path, windows(bos), VOCABULARY, top_k=top_k) as writer:
         score(windows(bos), log_probs(3), VOCABULARY, sink=writer.add)
         writer.finish(source="sha256:0", tokenizer="0")
-    return SavedReference(path)
+    return StoredLogProbs(path)
 
 
 @pytest.mark.parametrize("bos", [None, 3])
@@ -35,7 +35,9 @@ def test_a_lossless_file_stands_for_the_reference(
     assert [g.tolist() for g in saved.windows.groups] == [g.tolist() for g in windows(bos).groups]
     ours = table_probs(2)
     live = score(windows(bos), ours, VOCABULARY, reference=LogProbsReference(table_probs(3)))
-    read = score(saved.windows, ours, VOCABULARY, reference=saved, batch_size=batch_size)
+    read = score(
+        saved.windows, ours, VOCABULARY, reference=StoredReference(saved), batch_size=batch_size
+    )
     assert read.reference_nll == pytest.approx(live.reference_nll, rel=1e-9)
     assert read.kl == pytest.approx(live.kl, rel=1e-5)
     assert read.same_top == live.same_top
@@ -49,7 +51,7 @@ def test_top_k_bounds_the_kl_from_below_and_keeps_the_rest_exact(
     saved = save(table_probs, tmp_path / "ref", top_k)
     ours = table_probs(2)
     live = score(windows(), ours, VOCABULARY, reference=LogProbsReference(table_probs(3)))
-    read = score(saved.windows, ours, VOCABULARY, reference=saved)
+    read = score(saved.windows, ours, VOCABULARY, reference=StoredReference(saved))
     assert read.reference_nll == pytest.approx(live.reference_nll, rel=1e-6)
     assert read.same_top == live.same_top
     assert live.kl is not None and read.kl is not None
@@ -79,15 +81,15 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
 
     save_file({"a": torch.zeros(2)}, tmp_path / "other")
     with pytest.raises(CheckpointError, match="not a reference file"):
-        SavedReference(tmp_path / "other")
+        StoredLogProbs(tmp_path / "other")
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
-        ReferenceWriter(tmp_path / "absent" / "ref", windows(), VOCABULARY, top_k=0)
+        LogProbsWriter(tmp_path / "absent" / "ref", windows(), VOCABULARY, top_k=0)
 
 
 def test_an_unfinished_file_leaves_nothing(tmp_path: Path, table_probs: Any) -> None:
-    with ReferenceWriter(tmp_path / "ref", windows(), VOCABULARY, top_k=0) as writer:
+    with LogProbsWriter(tmp_path / "ref", windows(), VOCABULARY, top_k=0) as writer:
         score(windows(), table_probs(3), VOCABULARY, sink=writer.add)
     assert list(tmp_path.iterdir()) == []
