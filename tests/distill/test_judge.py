@@ -136,7 +136,7 @@ def decode_slowly(
     `off`: how many rows before its own a token's states are read.
     """
     text = [*prompt, int(last_logits(target, prompt).argmax())]
-    end = len(prompt) + 16
+    end = len(prompt) + 12
     while len(text) < end:
         chain = greedily(draft, text, min(4, end - len(text) - 1))
         for at in range(len(text), len(chain)):
@@ -146,7 +146,7 @@ def decode_slowly(
                 chain = chain[:at]
                 break
         text = [*chain, int(last_logits(target, chain).argmax())]
-    return text[len(prompt) : len(prompt) + 16]
+    return text[len(prompt) : len(prompt) + 12]
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
@@ -156,13 +156,13 @@ def test_decoding_is_that_of_the_rule_with_the_states_of_the_tokens_own_row(
     target, draft = endless(tiny(family)), tiny(family, 1)
     head = make_head(64, 0.5)
     runner = judged_runner(target, draft, head)
-    results = runner.generate(PROMPTS, max_new_tokens=16, batch_size=2, lossy=True)
+    results = runner.generate(PROMPTS, max_new_tokens=12, batch_size=2, lossy=True)
     expected = [decode_slowly(target, draft, head, prompt) for prompt in PROMPTS]
     assert [result.token_ids for result in results] == expected
     assert not any(result.lossless for result in results)
     assert any(result.accepted for result in results)
     # The judge accepts something, and a head that is one row off writes another text.
-    plain = [greedily(target, prompt, 16)[len(prompt) :] for prompt in PROMPTS]
+    plain = [greedily(target, prompt, 12)[len(prompt) :] for prompt in PROMPTS]
     off = [decode_slowly(target, draft, head, prompt, off=1) for prompt in PROMPTS]
     for other in (plain, off):
         assert sum(a != b for a, b in zip(expected, other, strict=True)) >= 2
@@ -185,7 +185,7 @@ def test_threshold_0_is_the_verifier_alone(
     standard.use(
         DraftModelDrafter(draft, DraftModelDrafter.Config(depth=4), target=standard.target)
     )
-    given = {"max_new_tokens": 16, "batch_size": 2, "seed": 4, **sampling}
+    given = {"max_new_tokens": 12, "batch_size": 2, "seed": 4, **sampling}
     judged, expected = (
         [(each.token_ids, each.accepted) for each in one.generate(PROMPTS, **more, **given)]
         for one, more in ((runner, {"lossy": True}), (standard, {}))
@@ -196,14 +196,14 @@ def test_threshold_0_is_the_verifier_alone(
 def test_equal_drafts_change_nothing_and_bans_hold(tiny: Any, endless: Any) -> None:
     target = endless(tiny("llama"))
     everything = make_head(64, 1.0)
-    plain = Runner(target).generate(PROMPTS, max_new_tokens=16)
+    plain = Runner(target).generate(PROMPTS, max_new_tokens=12)
     same = judged_runner(target, tiny("llama"), everything)
-    results = same.generate(PROMPTS, max_new_tokens=16, lossy=True, batch_size=2)
+    results = same.generate(PROMPTS, max_new_tokens=12, lossy=True, batch_size=2)
     assert [each.token_ids for each in results] == [each.token_ids for each in plain]
     other = judged_runner(target, tiny("llama", 1), everything)
-    (free,) = other.generate(PROMPTS[:1], max_new_tokens=16, lossy=True)
+    (free,) = other.generate(PROMPTS[:1], max_new_tokens=12, lossy=True)
     control = LogitBias(dict.fromkeys(free.token_ids[1:6], -math.inf))
-    (banned,) = other.generate(PROMPTS[:1], max_new_tokens=16, lossy=True, controls=[[control]])
+    (banned,) = other.generate(PROMPTS[:1], max_new_tokens=12, lossy=True, controls=[[control]])
     assert banned.accepted and not {*free.token_ids[1:6]} & {*banned.token_ids}
     with pytest.raises(UsageError, match="the judge head accepts tokens that the target would not"):
         other.generate(PROMPTS, max_new_tokens=4)
@@ -351,10 +351,6 @@ def test_the_command_and_what_its_result_is_for(
     assert chosen["recall"] >= 0.8
     for shown in (done.stderr, run("inspect", out).stdout):
         assert "decoding  accuracy  accepted of a chain" in shown and "<- used" in shown
-    again = json.loads(run("inspect", out, "--json").stdout)["command"]
-    places = {"MODEL": source, "OUT": tmp_path / "again", "DATA": data, "DRAFT": draft}
-    assert run(*[places.get(w, w) for w in shlex.split(again)[1:]]).exit_code == 0
-    assert contents(tmp_path / "again") == contents(out)
     assert set(load_file(out / HEADS_FILE)) == {"judge.weight", "judge.bias", "mean", "std"}
 
     asked = ["generate", source, "--prompt", "def run(", "--max-new-tokens", 9]
@@ -382,6 +378,19 @@ def test_the_command_and_what_its_result_is_for(
         done = run(*[tmp_path / "new" if w == out else w for w in words], *option)
         assert done.exit_code == 2 and done.stderr.count("error:") == 1, done.stderr
         assert message in done.stderr and not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.slow
+def test_the_command_that_inspect_prints_gives_the_same_bytes(
+    checkpoint: Checkpoints, data: str, tmp_path: Path
+) -> None:
+    source, draft, out = checkpoint("llama"), checkpoint("llama", seed=1), tmp_path / "head"
+    train(source, draft, out, data)
+    again = json.loads(run("inspect", out, "--json").stdout)["command"]
+    places = {"MODEL": source, "OUT": tmp_path / "again", "DATA": data, "DRAFT": draft}
+    done = run(*[places.get(w, w) for w in shlex.split(again)[1:]])
+    assert done.exit_code == 0, done.stderr
+    assert contents(tmp_path / "again") == contents(out)
 
 
 def test_files_that_do_not_fit_are_refused(
