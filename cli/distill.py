@@ -73,7 +73,7 @@ def _finish(output: Output, out: Path, report: WeightsReport) -> None:
         output.show(f"held-out {name}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
     output.show(f"{out}: best after {report.best['step']} of {report.steps} steps")
     if not report.best["step"]:
-        output.show("no trained weights were better: the output has the weights of MODEL")
+        output.show("no trained weights were better: the output has those of the beginning")
     elif report.draft is not None:
         output.show(
             f"decode with --draft {report.draft}: the text is that of {out} without a "

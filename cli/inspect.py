@@ -68,7 +68,7 @@ def _describe_checkpoint(path: Path) -> Description:
     from spectool.checkpoint.headers import find_extra_blocks, read_layout
     from spectool.quantize.ledger import measure
 
-    layout = read_layout(path)
+    layout = read_layout(path, seq2seq=True)
     training, stored = _read_training(layout), layout.checksums
     if training is not None:
         stored = parse(training.get("checksums"), path / TRAINING)

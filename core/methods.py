@@ -165,6 +165,14 @@ METHODS: dict[str, Method] = {
         status="research",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "cross": Method(
+        kind="objective",
+        target="spectool.distill.objectives.cross:Cross",
+        summary="A small encoder-decoder learns from MODEL, for `--draft copy` and short outputs",
+        source="Elfeki et al., Return of the Encoder, 2025 (arXiv:2501.16273)",
+        status="research",
+        also_in=("transformers",),
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",
@@ -176,6 +184,12 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.ngram:NgramDrafter",
         summary="Draft what followed the longest matching n-gram of the text (prompt lookup)",
         source="Saxena, Prompt Lookup Decoding, 2023",
+    ),
+    "copy": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.copy:CopyDrafter",
+        summary="Draft the rest of the source from where the output stands in it; for corrections",
+        source="Sun et al., Aggressive Decoding, 2021 (arXiv:2106.04970)",
     ),
     "recycle": Method(
         kind="drafter",

@@ -188,7 +188,7 @@ class Engine:
         requests: list[Request] = []
         while self._waiting and len(requests) < (room if after is None else 1):
             request = self._waiting[0][0]
-            longest = max(len(each.tokens) for each in (*requests, request))
+            longest = max(len(each.text_tokens) for each in (*requests, request))
             apart = request.context != first.context or (len(requests) + 1) * longest > CHUNK
             if requests and apart:
                 break
@@ -211,6 +211,8 @@ class Engine:
         # Where passes of several tokens after others are wrong, the first one takes the prompt.
         size = CHUNK if self.target.takes_drafts else self.target.context
         requests, held = joining.requests, joining.cache.lengths
+        if not joining.done:
+            self.target.begin(joining.cache, [request.source for request in requests])
         pairs = zip(requests, held, strict=True)
         parts = [request.tokens[start : start + size] for request, start in pairs]
         joining.done.append(self.target.prefill(joining.cache, parts, self.drafter.needs))

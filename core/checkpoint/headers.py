@@ -304,10 +304,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_layout(path: Path, *, check: bool = True) -> Layout:
+def read_layout(path: Path, *, check: bool = True, seq2seq: bool = False) -> Layout:
     """Read configuration and headers of the checkpoint in directory `path`.
 
-    With `check`, an artifact's files are compared with their checksums when tensors are read.
+    With `check`, an artifact's files are compared with their checksums when tensors are read. With
+    `seq2seq`, encoder-decoders that can be decoded are read too.
 
     Raises:
         CheckpointError: not a checkpoint directory, no configuration, no safetensors weights, a
@@ -316,7 +317,7 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
     """
     foreign.check_directory(path)
     config = read_json(path / "config.json")
-    foreign.check_config(path, config)
+    foreign.check_config(path, config, seq2seq=seq2seq)
     _check_objects(path, config)
     weights = find_weights(path, config)
     stored = read_checksums(weights) if weights.name == PACKED_INDEX else {}

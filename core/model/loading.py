@@ -63,6 +63,8 @@ def load(
 ) -> PreTrainedModel:
     """Load the checkpoint at `path`, dense or packed, as a transformers model in eval mode.
 
+    Encoder-decoders that `spectool.generate` decodes (BART, T5) are loaded too.
+
     `dtype`: of the activations and of the weights that are not packed; None: as the checkpoint
     states. `runtime`: `packed` (weights stay in their codes), `dense` (weights are unpacked once,
     at loading) or `auto` (`dense` where no kernel computes with the codes on this machine and
@@ -73,7 +75,11 @@ def load(
         InputError: the checkpoint is missing, damaged or incomplete.
     """
     checkpoint = open_checkpoint(
-        path, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
+        path,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        checksums=checksums,
+        seq2seq=True,
     )
     return load_model(checkpoint, dtype=dtype, device=device, runtime=runtime)
 
@@ -184,7 +190,7 @@ def _open(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
         # Checked here: transformers ignores a damaged file, and the ids of the end of text with it.
         read_json(checkpoint.path / GENERATION)
     with wrap_errors(checkpoint.path, "transformers cannot load it"):
-        model, info = model_class(config).from_pretrained(
+        model, info = model_class(config, seq2seq=checkpoint.seq2seq).from_pretrained(
             checkpoint.path,
             config=config,
             # With None, transformers would ignore the dtype in the configuration.

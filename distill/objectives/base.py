@@ -76,7 +76,8 @@ class WeightObjective(Objective):
     """Objective that changes weights. A method's constructor takes the task and its `Config`.
 
     `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `takes_packed`:
-    whether it trains packed checkpoints too. `generated_tokens`: how many tokens the model
+    whether it trains packed checkpoints too. `new_model`: it trains a model of its own, which it
+    writes, and MODEL is its teacher. `generated_tokens`: how many tokens the model
     generates at most before the training, for the plan. `draft`: the
     drafter that the training is for, if any; it is lossless against the new weights, whose text
     differs from the source's. `frozen_copies` of the model are kept beside it.
@@ -86,6 +87,7 @@ class WeightObjective(Objective):
     takes_teacher: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
     takes_packed: ClassVar[bool] = False
+    new_model: ClassVar[bool] = False
     generated_tokens = 0
     draft: str | None = None
     frozen_copies = 0
@@ -124,11 +126,14 @@ class WeightObjective(Objective):
         samples = [self.task.texts.samples[i] for i in self.batches[step]]
         self.module.train()
         with seeded(self._seed(step), self.task.device):
-            nats, kl = self.losses(samples)
-            loss = nats if kl is None else kl
+            loss = self.combine(*self.losses(samples))
             self.backward(loss)
         (total,) = self.task.processes.sum([float(loss.detach())])
         return {"loss": total, "tokens": sum(len(sample.tokens) for sample in samples)}
+
+    def combine(self, nats: Any, kl: Any | None) -> Any:
+        """Return the loss of the two means that `losses` returns."""
+        return nats if kl is None else kl
 
     def _seed(self, step: int) -> str:
         """Return what seeds a step; the first process draws the same numbers as a single one."""
@@ -148,17 +153,18 @@ class WeightObjective(Objective):
         """Return the held-out perplexity and, with a teacher, `kl`; the score is minus the loss."""
         self.module.eval()
         total = nats = kl = 0.0
+        has_kl = False
         for samples in self.task.texts.held_out:
             count = sum(sum(sample.loss_mask[1:]) for sample in samples)
             mean_nats, mean_kl = self.losses(samples)
             nats += float(mean_nats) * count
+            has_kl = mean_kl is not None
             kl += 0.0 if mean_kl is None else float(mean_kl) * count
             total += count
         nats, kl = (each / total for each in self.task.processes.sum([nats, kl]))
-        perplexity = math.exp(nats)
-        if self.task.teacher is None:
-            return {"score": -nats, "perplexity": perplexity}
-        return {"score": -kl, "perplexity": perplexity, "kl": kl}
+        score = -self.combine(nats, kl if has_kl else None)
+        found = {"score": score, "perplexity": math.exp(nats)}
+        return {**found, "kl": kl} if has_kl else found
 
     def write(self, writer: ArtifactWriter | None, history: History) -> None:
         """Write the source checkpoint with the changed tensors, and measure those once more."""

@@ -20,6 +20,7 @@ FAMILIES = ["llama", "gemma3", "qwen3", "gpt2", "opt", "gpt_neox", "mixtral"]
 
 SPECS = {
     "ngram": "ngram",
+    "copy": "copy",
     "recycle": "recycle",
     "trigram": "trigram",
     "jacobi": "jacobi:window=6",
