@@ -301,6 +301,14 @@ METHODS: dict[str, Method] = {
         source="Huang et al., SpecDec++, 2024 (arXiv:2405.19715)",
         status="research",
     ),
+    "judge": Method(
+        kind="head",
+        target="spectool.decode.heads.judge:JudgeHead",
+        summary="A head accepts drafted tokens that leave the answer as it is; lossy",
+        source="Bachmann et al., Judge Decoding, 2025 (arXiv:2501.19309); Garipov et al., "
+        "AutoJudge, 2025 (arXiv:2504.20039)",
+        status="research",
+    ),
     "greedy": Method(
         kind="verifier",
         target="spectool.decode.verify:greedy",
