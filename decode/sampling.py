@@ -1,6 +1,6 @@
 """From logits to probabilities, and from probabilities to tokens: warping, seeds, draws.
 
-Suffixes: B batch, N nodes, V vocabulary, M a subset of nodes.
+Suffixes: B batch, N nodes, V vocabulary, M a subset of nodes, F nodes to expand, C chosen tokens.
 """
 
 from __future__ import annotations
