@@ -173,6 +173,14 @@ METHODS: dict[str, Method] = {
         status="research",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "cross": Method(
+        kind="objective",
+        target="spectool.distill.objectives.cross:Cross",
+        summary="A small encoder-decoder learns from MODEL, for `--draft copy` and short outputs",
+        source="Elfeki et al., Return of the Encoder, 2025 (arXiv:2501.16273)",
+        status="research",
+        also_in=("transformers",),
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",
@@ -291,6 +299,14 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.heads.acceptance:AcceptanceHead",
         summary="A head on a draft model ends its chains where a rejection is likely",
         source="Huang et al., SpecDec++, 2024 (arXiv:2405.19715)",
+        status="research",
+    ),
+    "judge": Method(
+        kind="head",
+        target="spectool.decode.heads.judge:JudgeHead",
+        summary="A head accepts drafted tokens that leave the answer as it is; lossy",
+        source="Bachmann et al., Judge Decoding, 2025 (arXiv:2501.19309); Garipov et al., "
+        "AutoJudge, 2025 (arXiv:2504.20039)",
         status="research",
     ),
     "greedy": Method(

@@ -306,7 +306,8 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     objective: WeightObjective = import_method(job.method, "objective")(task, job.config)
     trained = sum(p.numel() for p in objective.module.parameters() if p.requires_grad)
     changed = objective.weights.changed()
-    check_writable(architecture, changed)
+    if not objective.new_model:
+        check_writable(architecture, changed)
     changed_weights = sum(tensor.numel() for tensor in changed.values())
     layout = task.source.layout
     models = _packed_bytes(layout) if layout.is_packed else 4 * parameters
@@ -341,14 +342,12 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         )
     return WeightsPlan(
         job=job,
-        parameters=parameters,
+        parameters=trained if objective.new_model else parameters,
         trained=trained,
         changed_tensors=len(changed),
         changed_weights=changed_weights,
         memory_bytes=needed,
-        # Two states: the weights, the best of them and the optimizer's moments.
-        disk_bytes=sum(path.stat().st_size for path in task.source.layout.files)
-        + 2 * (8 + OPTIMIZERS[job.optimizer]) * trained,
+        disk_bytes=_disk_bytes(objective, trained, OPTIMIZERS[job.optimizer]),
         samples=len(texts.samples),
         loss_tokens=sum(sum(sample.loss_mask) for sample in texts.samples),
         held_out=sum(map(len, texts.held_out)),
@@ -356,6 +355,14 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         generated_tokens=objective.generated_tokens,
         seq_len=texts.seq_len,
     )
+
+
+def _disk_bytes(objective: WeightObjective, trained: int, moments: int) -> int:
+    """Estimate the bytes of the checkpoint, and of two states until it is complete."""
+    files = objective.task.source.layout.files
+    written = 4 * trained if objective.new_model else sum(path.stat().st_size for path in files)
+    # A state holds the weights, the best of them and the optimizer's moments.
+    return written + 2 * (8 + moments) * trained
 
 
 def _packed_bytes(layout: Layout) -> int:

@@ -1,7 +1,8 @@
-"""Writing of trained checkpoints: a source's files again, with some tensors replaced.
+"""Writing of trained checkpoints: a source's files with some tensors replaced, or a new model.
 
 Files keep the source's names and contents: shards, index, configuration and companions. So the
-result is loaded as the source is. A record of the training is added.
+result is loaded as the source is. A new model has the companions alone, such as the tokenizer. A
+record of the training is added.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from spectool.checkpoint.artifact import ArtifactWriter, Content
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import (
+    DENSE_FILE,
     INDEX_SUFFIX,
     PACKED_INDEX,
     TRAINING,
@@ -56,6 +58,29 @@ def read_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
         for path in checkpoint.path.glob(pattern)
         if path.is_file()
     }
+
+
+def write_new(
+    writer: ArtifactWriter,
+    source: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes],
+    training: Mapping[str, Any],
+) -> None:
+    """Write a new model's tensors and files, the companions of `source` and the record `training`.
+
+    Finishes the writer; other shards than the weights go.
+    """
+    writer.write_shard(DENSE_FILE, tensors, {}, {})
+    writer.keep_only([DENSE_FILE])
+    named = {**read_companions(source), **files}
+    record = {
+        "format_version": FORMAT_VERSION,
+        **training,
+        "checksums": writer.checksums(),
+        "files": sorted({*named, TRAINING, DENSE_FILE}),
+    }
+    writer.finish({**named, TRAINING: json_bytes(record)})
 
 
 def write_trained(

@@ -115,11 +115,12 @@ class WeightObjective(Objective):
 
     `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `takes_stored`:
     whether the teacher may be a file of its probabilities. `takes_packed`: whether it trains packed
-    checkpoints too. `is_draft`: the result drafts for the source. `logits_per_token`: how often a
-    pass computes logits after each token. `generated_tokens`: how many tokens the model generates
-    at most before the training, for the plan. `draft`: the drafter that the training is for, if
-    any; it is lossless against the new weights, whose text differs from the source's.
-    `frozen_copies` of the model are kept beside it.
+    checkpoints too. `new_model`: it trains a model of its own, which it writes, and MODEL is its
+    teacher. `is_draft`: the result drafts for the source. `logits_per_token`: how often a pass
+    computes logits after each token. `generated_tokens`: how many tokens the model generates at
+    most before the training, for the plan. `draft`: the drafter that the training is for, if any;
+    it is lossless against the new weights, whose text differs from the source's. `frozen_copies` of
+    the model are kept beside it.
     """
 
     learning_rate: float
@@ -127,6 +128,7 @@ class WeightObjective(Objective):
     needs_teacher: ClassVar[bool] = False
     takes_stored: ClassVar[bool] = True
     takes_packed: ClassVar[bool] = False
+    new_model: ClassVar[bool] = False
     is_draft: ClassVar[bool] = False
     logits_per_token = 1
     generated_tokens = 0
@@ -178,11 +180,14 @@ class WeightObjective(Objective):
         samples = [self.task.texts.samples[i] for i in self.batches[step]]
         self.module.train()
         with seeded(self._seed(step), self.task.device):
-            nats, kl = self.losses(samples)
-            loss = nats if kl is None else kl
+            loss = self.combine(*self.losses(samples))
             self.backward(loss)
         (total,) = self.task.processes.sum([float(loss.detach())])
         return {"loss": total, "tokens": sum(len(sample.tokens) for sample in samples)}
+
+    def combine(self, nats: Any, kl: Any | None) -> Any:
+        """Return the loss of the two means that `losses` returns."""
+        return nats if kl is None else kl
 
     def _seed(self, step: int) -> str:
         """Return what seeds a step; the first process draws the same numbers as a single one."""
@@ -202,17 +207,18 @@ class WeightObjective(Objective):
         """Return the held-out perplexity and, with a teacher, `kl`; the score is minus the loss."""
         self.module.eval()
         total = nats = kl = 0.0
+        has_kl = False
         for samples in self.task.texts.held_out:
             count = sum(sum(sample.loss_mask[1:]) for sample in samples)
             mean_nats, mean_kl = self.losses(samples)
             nats += float(mean_nats) * count
+            has_kl = mean_kl is not None
             kl += 0.0 if mean_kl is None else float(mean_kl) * count
             total += count
         nats, kl = (each / total for each in self.task.processes.sum([nats, kl]))
-        perplexity = math.exp(nats)
-        if not self.task.has_teacher:
-            return {"score": -nats, "perplexity": perplexity}
-        return {"score": -kl, "perplexity": perplexity, "kl": kl}
+        score = -self.combine(nats, kl if has_kl else None)
+        found = {"score": score, "perplexity": math.exp(nats)}
+        return {**found, "kl": kl} if has_kl else found
 
     def write(self, writer: ArtifactWriter | None, history: History) -> None:
         """Write the source checkpoint with the changed tensors, and measure those once more."""

@@ -187,9 +187,9 @@ def test_thresholds_are_parsed(tiny: Tiny) -> None:
         model.config.exits = {"layers": layers, "thresholds": [0.5, 0]}
         with pytest.raises(CheckpointError, match="exits"):
             parse_exits("auto", model)
-    with pytest.raises(UsageError, match="for chains, not for tree=rsd-s"):
+    with pytest.raises(UsageError, match="exits takes chains, not tree=rsd-s"):
         DraftModelDrafter.Config(exits="auto", tree="rsd-s")
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="a draft model without exits"):
         DraftModelDrafter.Config.from_text("exits=auto,acceptance=here")
 
 
