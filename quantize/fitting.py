@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectool.machine import trim_memory
 from spectool.model.blocks import call_block
 from spectool.model.packed import PackedLinear
 from spectool.quantize.base import (
@@ -184,6 +185,8 @@ class BlockQuantizer(Quantizer):
         }
         steps = self.config.epochs * len(task)
         order: list[int] = []
+        # Not read from the training: it would refer to itself, and its state outlive the block.
+        measured: list[float] = []
 
         def accumulate(step: int) -> Metrics:
             if step % len(task) == 0:
@@ -193,13 +196,15 @@ class BlockQuantizer(Quantizer):
             return {}
 
         def evaluate() -> Metrics:
-            is_first = not training.history.evaluations
-            for part in () if is_first else parts.values():
+            # What the steps left in the allocator would add to the unpacked matrices.
+            trim_memory()
+            for part in parts.values() if measured else ():
                 part.store()
             loss, least_cosine = task.measure(linears)
-            if is_first and not math.isfinite(loss):
+            if not measured and not math.isfinite(loss):
                 text = "its output is NaN or infinite on the calibration text"
                 raise not_finite(block.name, text)
+            measured.append(loss)
             return {"score": -loss, "least_cosine": least_cosine}
 
         training = Training(

@@ -44,7 +44,7 @@ from spectool.quantize.base import (
 from spectool.quantize.lm_head.base import LmHead, LmHeadQuantizer, special_tokens
 from spectool.quantize.plan import QuantizePlan
 from spectool.quantize.report import BlockReport, LayerReport, OutsideReport
-from spectool.quantize.statistics import MIN_EXPERT_TOKENS
+from spectool.quantize.statistics import MIN_EXPERT_TOKENS, LinearStats
 from spectool.quantize.stream import CalibratedStream
 from spectool.report import Reporter
 
@@ -328,11 +328,7 @@ class Packing:
         ]
         for key in data_free:
             stats.pop(key, None)
-        for key, linear_stats in stats.items():
-            for statistic in linear_stats.wanted:
-                value = getattr(linear_stats, statistic)
-                if value is not None and not all_finite(value):
-                    raise not_finite(key, f"{statistic} of its inputs is NaN or infinite")
+        _check_finite(stats)
         # A fit allocates buffers of targets, in files if they are large.
         with disk_errors(self.writer.partial):
             return quantizer.fit(block, streams, stats, generator, tick), data_free
@@ -398,3 +394,15 @@ def make_entry(quantizer: Quantizer, matrix: Matrix) -> dict[str, Any]:
     if matrix.kind == "lm_head" and isinstance(quantizer, LmHeadQuantizer):
         entry["bias"] = True
     return entry
+
+
+def _check_finite(stats: dict[str, LinearStats]) -> None:
+    """Raise NotFinite if a statistic is NaN or infinite.
+
+    A function of its own, so that no statistic outlives the packing of its matrix in a variable.
+    """
+    for key, linear_stats in stats.items():
+        for statistic in linear_stats.wanted:
+            value = getattr(linear_stats, statistic)
+            if value is not None and not all_finite(value):
+                raise not_finite(key, f"{statistic} of its inputs is NaN or infinite")

@@ -150,17 +150,18 @@ class JLCM(BlockQuantizer):
     def extend_report(
         self, report: FitReport, before: Mapping[str, PackedFields], linears: Mapping[str, Any]
     ) -> FitReport:
-        moved = []
+        moved = further = total = 0
         for name, linear in linears.items():
             columns = linear.in_features
             old_nm = unpack_bits(before[name]["codes"], self.config.bits, columns, torch.int16)
-            moved.append((linear.codes() - old_nm).abs().flatten())
-        flips = torch.bincount(torch.cat(moved).long(), minlength=3)
-        total = int(flips.sum())
+            steps_nm = (linear.codes() - old_nm).abs()
+            moved += int((steps_nm > 0).sum())
+            further += int((steps_nm > 1).sum())
+            total += steps_nm.numel()
         return replace(
             report,
-            codes_moved=int(flips[1:].sum()) / total,
-            codes_moved_further=int(flips[2:].sum()) / total,
+            codes_moved=moved / total,
+            codes_moved_further=further / total,
         )
 
     def build(self, shape: tuple[int, int]) -> JLCMLinear:
