@@ -12,11 +12,13 @@ must equal plain decoding. Costs are counted, not timed: a forward of the target
 the draft's layers are their share of the target's layers (`layers`), or of the weights of layers
 and lm_head, which every exit that is asked reads (`weights`). Intervals are by resampling the
 prompts (2.5 to 97.5 %); rule and best single exit are paired by prompt.
+Trainings that DIR has already are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,15 +83,7 @@ def main() -> None:
         **{name: getattr(given, name) for name in names},
     }
     for loss in given.loss:
-        report[loss] = {
-            "training": spectool(
-                "distill", "sorted", model, out / loss, "--data", texts["train"], *TRAINING,
-                "--loss", loss, "--steps", given.steps, "--batch-tokens", given.batch_tokens,
-                "--learning-rate", given.learning_rate, "--metrics", out / f"{loss}.jsonl",
-                "--overwrite",
-            )
-        }  # fmt: skip
-        report[loss]["training"]["out"] = loss
+        report[loss] = {"training": train(given, model, texts["train"], loss)}
         record.write(RESULTS / f"{given.name}.json", report)
     runner, _, categories, jobs, plain = open_prompts(model, out)
     report["prompts"], report["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
@@ -102,6 +96,20 @@ def main() -> None:
             report[name][f"depth {depth}"] = compare(runner, draft, depth, jobs, plain, categories)
             print(name, depth, report[name][f"depth {depth}"], flush=True)
             record.write(RESULTS / f"{given.name}.json", report)
+
+
+def train(given: Any, model: Path, text: Path, loss: str) -> dict[str, Any]:
+    """Train a draft, unless the folder has it already; return what the command printed."""
+    path = given.out / f"{loss}.json"
+    if not path.exists():
+        printed = spectool(
+            "distill", "sorted", model, given.out / loss, "--data", text, *TRAINING, "--loss", loss,
+            "--steps", given.steps, "--batch-tokens", given.batch_tokens,
+            "--learning-rate", given.learning_rate, "--metrics", given.out / f"{loss}.jsonl",
+        )  # fmt: skip
+        path.write_text(json.dumps({**printed, "out": loss}), encoding="utf-8")
+    trained: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return trained
 
 
 def compare(

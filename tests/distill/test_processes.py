@@ -101,6 +101,8 @@ def weights_command(source: Path, teacher: Path, out: Path, kind: str) -> tuple[
         return "distill", "logits", source, out, "--teacher", teacher
     if kind == "lexical-units":
         return "distill", kind, source, out, "--alpha", 0
+    if kind == "sorted":
+        return "distill", kind, source, out, "--exits", "1,3"
     own = ("--lora", 4) if kind == "updates" else ("--ar-weight", 1)
     return "distill", "consistency", source, out, "--block", 4, "--new-tokens", 16, *own
 
@@ -120,6 +122,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         ("consistency", "gpt2"),
         ("updates", "llama"),
         ("lexical-units", "llama"),
+        ("sorted", "llama-deep"),
         ("packed teacher", "llama"),
         ("packed student", "qwen3"),
     ],
@@ -153,7 +156,9 @@ def test_two_processes_train_weights_as_one(
             close = pytest.approx(numbers, abs=1e-5, rel=1e-5)
             assert {key: two[key] for key in numbers} == close
     one, two, before = map(read_weights, (tmp_path / "one", tmp_path / "two", source))
-    assert any(not torch.equal(value, before[name]) for name, value in one.items())
+    # Eight steps make no random model a better draft, so `sorted` keeps the first weights.
+    changed = any(not torch.equal(value, before[name]) for name, value in one.items())
+    assert changed or kind == "sorted"
     for name, value in one.items():
         # The gradient of a bias of keys is rounding only, which Adam takes for a direction.
         if not name.endswith("c_attn.bias"):
