@@ -117,7 +117,7 @@ def _run(
     """Measure one model at each batch size. It is free again before the next one is loaded."""
     from spectool.evaluate import bench as bench_module
 
-    runner, tokenizer = open_runner(output, target)
+    runner, tokenizer = open_runner(output, target, seq2seq=True)
     inputs = read_prompts(
         output,
         options.prompts,
@@ -169,7 +169,7 @@ def _targets(load: RunnerOptions, reference: str | None) -> list[RunnerOptions]:
     if reference is None:
         return [load]
     other = replace(load, model=reference, runtime="auto", revision=None)
-    if not open_checkpoint(load.model).layout.is_packed:
+    if not open_checkpoint(load.model, seq2seq=True).layout.is_packed:
         return [load, other]
     if load.runtime != "auto":
         raise UsageError(

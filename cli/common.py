@@ -230,14 +230,18 @@ def open_runner(
     draft: str | None = None,
     tune: bool = False,
     strategy: StrategyOptions | None = None,
+    seq2seq: bool = False,
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
-    """Load a model, its tokenizer and its drafter or second model, and print what runs."""
+    """Load a model, its tokenizer and its drafter or second model, and print what runs.
+
+    `seq2seq`: the model may be an encoder-decoder.
+    """
     prepare_torch(options.threads)
     from spectool.decode.generate import Runner
     from spectool.decode.target.open import open_strategy, open_target
     from spectool.model import loading
 
-    checkpoint, device = options.open(), options.resolve_device()
+    checkpoint, device = options.open(seq2seq=seq2seq), options.resolve_device()
     own = loading.default_dtype(checkpoint.layout, loading.check_device(device))
     opened = loading.load_model(
         checkpoint,

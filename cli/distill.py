@@ -73,8 +73,10 @@ def _finish(output: Output, out: Path, report: WeightsReport) -> None:
         output.show(f"held-out {name}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
     output.show(f"{out}: best after {report.best['step']} of {report.steps} steps")
     if not report.best["step"]:
-        output.show("no trained weights were better: the output has the weights of MODEL")
-    elif report.draft is not None:
+        output.show("no trained weights were better: the output has those of the beginning")
+    if report.is_draft:
+        output.show(f"decode MODEL with --draft {out}:exits=auto: the text is MODEL's own")
+    elif report.draft is not None and report.best["step"]:
         output.show(
             f"decode with --draft {report.draft}: the text is that of {out} without a "
             "drafter, and not that of MODEL"

@@ -64,7 +64,9 @@ def generate(
         if draft not in ("auto", "none"):
             raise UsageError(f"--strategy takes no drafter: leave out --draft {draft}")
         draft = "none"
-    runner, tokenizer = open_runner(output, load, draft=draft, tune=True, strategy=strategy)
+    runner, tokenizer = open_runner(
+        output, load, draft=draft, tune=True, strategy=strategy, seq2seq=True
+    )
     from spectool.data.text import Prompt
 
     if options.prompts:
@@ -73,6 +75,8 @@ def generate(
         inputs = [Prompt(given) for given in options.prompt or [standard_input()]]
     controls = runner.make_controls(request)
     streams = not output.json_wanted and options.batch_size == 1
+    # An encoder-decoder answers its prompt with a text of its own.
+    write = _stream(inputs, tokenizer, shows_prompts=not runner.target.start_ids)
     began = time.perf_counter()
     results = runner.generate(
         [one.given for one in inputs],
@@ -84,14 +88,13 @@ def generate(
         lossy=request.lossy,
         batch_size=options.batch_size,
         controls=[controls] * len(inputs),
-        on_tokens=_stream(inputs, tokenizer) if streams else None,
+        on_tokens=write if streams else None,
         keep_interrupted=True,
         **sampling.as_dict(),
     )
     found = totals(results, time.perf_counter() - began)
     runner.close()
     if not (streams or output.json_wanted):
-        write = _stream(inputs, tokenizer)
         for index, result in enumerate(results):
             write(index, [], result.text, 0)
     if not output.json_wanted:
@@ -118,14 +121,17 @@ def generate(
         raise Interrupted("interrupted; the text generated so far is above")
 
 
-def _stream(inputs: Sequence[Prompt], tokenizer: Any) -> OnTokens:
-    """Return a function that writes text to stdout, the first time with its prompt before it."""
+def _stream(inputs: Sequence[Prompt], tokenizer: Any, *, shows_prompts: bool) -> OnTokens:
+    """Return a function that writes text to stdout, the first time with its prompt before it.
+
+    Without `shows_prompts` each text has a line to begin with.
+    """
     shown = -1
 
     def write(index: int, tokens: list[int], text: str, drafted: int) -> None:
         nonlocal shown
         if index != shown:
-            given = inputs[index].given
+            given = inputs[index].given if shows_prompts else ""
             opening = given if isinstance(given, str) else tokenizer.decode(given)
             sys.stdout.write(opening if shown < 0 else f"\n{opening}")
             shown = index

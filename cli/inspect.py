@@ -12,8 +12,13 @@ from spectool import methods
 from spectool.checkpoint.checksums import Checksums, parse
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, TRAINING, Layout, read_json
 from spectool.cli.common import Output, size
-from spectool.cli.train_heads import calibration_lines
-from spectool.distill.options import AcceptanceOptions, HeadsOptions, WeightsOptions
+from spectool.cli.train_heads import calibration_lines, judge_lines
+from spectool.distill.options import (
+    AcceptanceOptions,
+    HeadsOptions,
+    JudgeOptions,
+    WeightsOptions,
+)
 from spectool.errors import CheckpointError, UsageError
 from spectool.options import Config, command_words, option, options_of
 from spectool.quantize.options import ComputeOptions, QuantizeOptions
@@ -63,7 +68,7 @@ def _describe_checkpoint(path: Path) -> Description:
     from spectool.checkpoint.headers import find_extra_blocks, read_layout
     from spectool.quantize.ledger import measure
 
-    layout = read_layout(path)
+    layout = read_layout(path, seq2seq=True)
     training, stored = _read_training(layout), layout.checksums
     if training is not None:
         stored = parse(training.get("checksums"), path / TRAINING)
@@ -204,7 +209,11 @@ def _heads_lines(path: Path, record: dict[str, Any]) -> Iterator[str]:
     )
     try:
         if record["method"] in methods.list_methods("head"):
-            yield from calibration_lines(record["training"]["calibration"])
+            training = record["training"]
+            is_judge = record["method"] == "judge"
+            yield from (
+                judge_lines(training) if is_judge else calibration_lines(training["calibration"])
+            )
             yield f"trained for: {record['target']['lineage']} and its quantized versions"
             yield f"with the draft model: {record['target']['draft_model']['lineage']}"
             return
@@ -247,6 +256,8 @@ def heads_command(record: dict[str, Any]) -> list[str]:
     options: type[Config] = HeadsOptions
     if record["method"] in methods.list_methods("head"):
         options, training["draft_model"] = AcceptanceOptions, "DRAFT"
+        if record["method"] == "judge":
+            options = JudgeOptions
     given = [
         LoadOptions(model="MODEL", **_recorded(LoadOptions, training)),
         WriteOptions(out=Path("OUT")),
@@ -266,7 +277,9 @@ def _spectool(training: dict[str, Any]) -> list[str]:
 @_if_complete
 def distill_command(record: dict[str, Any]) -> list[str]:
     """Return the command that trains the weights again, from the same source and data."""
-    training = {**record, "data": ("DATA",), "teacher": record["teacher"] and "TEACHER"}
+    # A stored teacher's file has the texts too.
+    data = ("DATA",) if record.get("stored_top_k") is None else ()
+    training = {**record, "data": data, "teacher": record["teacher"] and "TEACHER"}
     given = [
         PlaceOptions(model="MODEL", **_recorded(PlaceOptions, training)),
         WriteOptions(out=Path("OUT")),

@@ -19,6 +19,8 @@ class Family:
     what a pass of several tokens does with the recurrent state: it goes on from it (`continues`),
     or ignores it (`ignored`). `state_in_modules`: the state is not in the cache. `logits_scaling`:
     whether the configuration's key of this name divides the lm_head's products or multiplies them.
+    `decoder_positions`: where the decoder of an encoder-decoder puts the positions of tokens, which
+    its forward does not take: into relative biases (`bias`) or learned embeddings (`table`).
     """
 
     seen: str = ""
@@ -28,6 +30,7 @@ class Family:
     state: Literal["continues", "ignored"] | None = None
     state_in_modules: bool = False
     logits_scaling: Literal["divides", "multiplies"] = "divides"
+    decoder_positions: Literal["bias", "table"] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -68,6 +71,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "recurrent_gemma": Family(seen="5.23", state="ignored", state_in_modules=True),
     "hyperclovax": Family(seen="5.23", logits_scaling="multiplies"),
+    **dict.fromkeys(("mt5", "t5"), Family(seen="5.23", decoder_positions="bias")),
+    "bart": Family(seen="5.23", decoder_positions="table"),
 }  # fmt: skip
 
 # Keys of configurations whose value multiplies the lm_head's products, and that caps them by tanh;
@@ -83,6 +88,11 @@ MLP = ("mlp", "block_sparse_moe", "feed_forward", "feedforward")
 def family(config: Any) -> Family:
     """Return what is known of the family of a text model's configuration."""
     return FAMILIES.get(config.model_type, Family())
+
+
+def encoder_decoders() -> list[str]:
+    """List the model types of encoder-decoders that can be decoded."""
+    return sorted(name for name, found in FAMILIES.items() if found.decoder_positions is not None)
 
 
 def families(**facts: object) -> set[str]:

@@ -157,6 +157,14 @@ METHODS: dict[str, Method] = {
         "(arXiv:2512.14681)",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "sorted": Method(
+        kind="objective",
+        target="spectool.distill.objectives.sorted:Sorted",
+        summary="The first layers of a model become a draft model, with exits between them",
+        source="Kavehzadeh et al., S2D, 2024 (arXiv:2407.01955)",
+        status="research",
+        also_in=("transformers", "vllm", "sglang"),
+    ),
     "lexical-units": Method(
         kind="objective",
         target="spectool.distill.objectives.lexical_units:LexicalUnits",
@@ -164,6 +172,14 @@ METHODS: dict[str, Method] = {
         source="Sun et al., Lexical Unit Decoding, 2024 (arXiv:2405.15208)",
         status="research",
         also_in=("transformers", "vllm", "sglang"),
+    ),
+    "cross": Method(
+        kind="objective",
+        target="spectool.distill.objectives.cross:Cross",
+        summary="A small encoder-decoder learns from MODEL, for `--draft copy` and short outputs",
+        source="Elfeki et al., Return of the Encoder, 2025 (arXiv:2501.16273)",
+        status="research",
+        also_in=("transformers",),
     ),
     "none": Method(
         kind="drafter",
@@ -176,6 +192,12 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.ngram:NgramDrafter",
         summary="Draft what followed the longest matching n-gram of the text (prompt lookup)",
         source="Saxena, Prompt Lookup Decoding, 2023",
+    ),
+    "copy": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.copy:CopyDrafter",
+        summary="Draft the rest of the source from where the output stands in it; for corrections",
+        source="Sun et al., Aggressive Decoding, 2021 (arXiv:2106.04970)",
     ),
     "recycle": Method(
         kind="drafter",
@@ -277,6 +299,14 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.heads.acceptance:AcceptanceHead",
         summary="A head on a draft model ends its chains where a rejection is likely",
         source="Huang et al., SpecDec++, 2024 (arXiv:2405.19715)",
+        status="research",
+    ),
+    "judge": Method(
+        kind="head",
+        target="spectool.decode.heads.judge:JudgeHead",
+        summary="A head accepts drafted tokens that leave the answer as it is; lossy",
+        source="Bachmann et al., Judge Decoding, 2025 (arXiv:2501.19309); Garipov et al., "
+        "AutoJudge, 2025 (arXiv:2504.20039)",
         status="research",
     ),
     "greedy": Method(

@@ -26,8 +26,8 @@ class CheckpointOptions(Config):
         False, "Run Python code that comes with the checkpoint", switch=True
     )
 
-    def open(self, *, headers_only: bool = False) -> Checkpoint:
-        """Open the checkpoint. `headers_only`: download no weights."""
+    def open(self, *, headers_only: bool = False, seq2seq: bool = False) -> Checkpoint:
+        """Open the checkpoint. `headers_only`, `seq2seq`: see `open_checkpoint`."""
         from spectool.checkpoint.tensors import open_checkpoint
 
         return open_checkpoint(
@@ -37,6 +37,7 @@ class CheckpointOptions(Config):
             # Quantizing has no such option: it reads no checkpoint of ours.
             checksums=getattr(self, "checksums", True),
             headers_only=headers_only,
+            seq2seq=seq2seq,
         )
 
 

@@ -72,7 +72,7 @@ class Runner:
             if dtype is not None:
                 raise UsageError("dtype is for a model given as a path; convert the model itself")
         else:
-            checkpoint = open_checkpoint(model, checksums=checksums)
+            checkpoint = open_checkpoint(model, checksums=checksums, seq2seq=True)
             tokenizer = tokenizer or load_tokenizer(checkpoint)
             model = load_model(checkpoint, dtype=dtype, device=device)
         self.target: Target[Any]
@@ -135,6 +135,13 @@ class Runner:
     def _choose_policies(self, drafter: Drafter, *, tune: bool) -> list[Policy]:
         """Return what sizes a drafter's drafts for this target."""
         target, policies = self.target, list[Policy]()
+        for part in drafter.parts:
+            if target.start_ids and not part.takes_sources:
+                raise UsageError(
+                    f"{part.name} cannot draft for {target.name}: it does not know an "
+                    "encoder-decoder's source",
+                    hint="--draft copy, ngram, trigram or recycle",
+                )
         if not target.takes_trees:
             drafter.check_chains(target.name)
             policies.append(Chains(cuts=drafter.can_be_cut, takes_drafts=target.takes_drafts))
@@ -311,7 +318,8 @@ class Runner:
         """Return the error extended by the first module whose output is NaN or infinite."""
         model = self.target.model
         for request in requests:
-            if where := first_not_finite(model, torch.tensor([request.tokens])):
+            read = [request.source, request.tokens] if request.source else [request.tokens]
+            if where := first_not_finite(model, *(torch.tensor([ids]) for ids in read)):
                 return not_finite(model.config._name_or_path or self.target.name, str(error), where)
         return error
 
@@ -350,10 +358,13 @@ class Runner:
         if not all(stop):
             raise UsageError("a stop string must not be empty")
         params = SamplingParams(**sampling)
-        tokens = encode_checked(prompt, index + 1, self.target, self.tokenizer)
+        tokens, source = encode_checked(prompt, index + 1, self.target, self.tokenizer), list[int]()
+        if self.target.start_ids:
+            tokens, source = list(self.target.start_ids), tokens
         request = Request(
             index=index,
             tokens=tokens,
+            source=source,
             draws=Draws(seed, index),
             sampling=params,
             controls=(*params.controls(), *controls),

@@ -92,9 +92,10 @@ class Drafter(ABC):
 
     `name` is its entry in the table of methods. `combines`: other drafters may add nodes to its
     trees. `can_be_cut`: policies may drop some of its nodes. `uses_target`: it needs the target
-    itself (`attach`). `applies_controls`: nodes that it forces follow the request's controls.
-    `draft_model`: the smaller model that it drafts with, if any. `policies` size its drafts; the
-    engine asks them in this order.
+    itself (`attach`). `takes_sources`: it drafts for encoder-decoders too, whose requests have a
+    source. `applies_controls`: nodes that it forces follow the request's controls. `draft_model`:
+    the smaller model that it drafts with, if any. `policies` size its drafts; the engine asks them
+    in this order.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Drafter(ABC):
     combines: bool = True
     can_be_cut: bool = True
     uses_target: bool = False
+    takes_sources: bool = False
     applies_controls: bool = False
     draft_model: Target[Any] | None = None
     policies: Sequence[Policy] = ()
@@ -149,6 +151,14 @@ class Drafter(ABC):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Take the outcomes of the drafts, in the order of the requests of `propose`."""
+
+    def judge(self, drafts: Sequence[Draft], features: Features) -> Sequence[Tensor] | None:
+        """Return the nodes [N] of each draft to accept even where the verifier does not.
+
+        `features` [B, N, D] are those of the pass that verifies the drafts. None without a judge;
+        only nodes of kind `judged` may be accepted so.
+        """
+        return None
 
     def close(self) -> None:
         """Write to disk what the user asked to keep; no request follows."""

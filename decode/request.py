@@ -27,7 +27,9 @@ FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 class Request:
     """A request in flight. `index` is its number within its call, `id` the engine's.
 
-    `tokens` are those of the prompt and all committed ones; the last one is the pending root.
+    `tokens` are those of the prompt and all committed ones; the last one is the pending root. An
+    encoder-decoder's prompt is the `source`, and `tokens` begin with those that its decoder starts
+    from.
     `drafted` and `accepted` count nodes; `offered_at[d]` counts the steps whose draft reached
     depth d + 1, `accepted_at[d]` those whose committed path did. `reported` counts the tokens and
     the characters that were passed to the callback. `switch`: whose turn it is of two models.
@@ -40,6 +42,7 @@ class Request:
     controls: Sequence[Control[Any]] = ()
     max_new_tokens: int
     context: int
+    source: Sequence[int] = ()
     eos: Collection[int] = ()
     text: TextStream | None = None
     verification: Verification = GREEDY
@@ -63,6 +66,11 @@ class Request:
     def new_tokens(self) -> list[int]:
         """Return the committed tokens after the prompt."""
         return self.tokens[self.num_prompt :]
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """Return all that is known of the text, for drafters that look things up in it."""
+        return [*self.source, *self.tokens] if self.source else self.tokens
 
     @property
     def most(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ class HeadsOptions(DataOptions):
 
     def validate(self) -> None:
         """Check what involves more than one option; `regenerate_url` implies `regenerate`."""
+        _check_data(self)
         _check_length(self)
         if self.regenerate_url is not None:
             parts = urllib.parse.urlsplit(self.regenerate_url)
@@ -141,7 +143,42 @@ class AcceptanceOptions(CorpusOptions):
 
     def validate(self) -> None:
         """Check what involves more than one option."""
+        _check_data(self)
         _check_length(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeOptions(TextOptions):
+    """Options of a training of a judge head, apart from where it runs.
+
+    Raises:
+        UsageError: no data, or `answer` is no regular expression.
+    """
+
+    PANEL: ClassVar = "Training"
+
+    draft_model: str = same_option(AcceptanceOptions, "draft_model")
+    data: tuple[str, ...] = option(
+        (), 'Prompts with checkable answers, rows as {"prompt": ..., "answer": ...}; repeatable'
+    )
+    answer: str = option(
+        r"-?\d+(?:[.,]\d+)*",
+        "Regular expression of the answer in a reply: its last match, or the first group of that",
+    )
+    max_new_tokens: int = option(256, "Maximum number of tokens of a reply", minimum=1)
+    held_out: int = option(
+        200, "Maximum number of prompts held out for the threshold, at most a fifth", minimum=1
+    )
+    seed: int = same_option(HeadsOptions, "seed")
+
+    def validate(self) -> None:
+        """Check the data and the regular expression."""
+        if not self.data:
+            raise UsageError("no data", hint="--data FILE, prompts with checkable answers")
+        try:
+            re.compile(self.answer)
+        except re.error as error:
+            raise UsageError(f"--answer {self.answer}: no regular expression: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,15 +186,15 @@ class WeightsOptions(CorpusOptions):
     """Options of a training of weights that every objective has, apart from where it runs.
 
     Raises:
-        UsageError: no data, or options that exclude each other.
+        UsageError: options that exclude each other.
     """
 
     PANEL: ClassVar = "Training"
 
     teacher: str | None = option(
         None,
-        "Checkpoint whose probabilities to learn in place of the text's tokens; it has the "
-        "tokenizer of MODEL",
+        "Checkpoint whose probabilities to learn in place of the text's tokens, or a file of them "
+        "with their text, of eval --save-reference; of MODEL's tokenizer",
     )
     steps: int | None = option(None, "Optimizer steps", minimum=1)
     epochs: int = option(1, "Passes over the training text, instead of --steps", minimum=1)
@@ -175,13 +212,13 @@ class WeightsOptions(CorpusOptions):
         _check_length(self)
 
 
-def _check_length(options: HeadsOptions | AcceptanceOptions | WeightsOptions) -> None:
-    """Check that there is text, and one length of the training.
-
-    Raises:
-        UsageError: there is none, or there are two.
-    """
+def _check_data(options: HeadsOptions | AcceptanceOptions) -> None:
+    """Raise UsageError if there is no text."""
     if not options.data:
         raise UsageError("no data", hint="--data FILE, with text like that to be generated")
+
+
+def _check_length(options: HeadsOptions | AcceptanceOptions | WeightsOptions) -> None:
+    """Raise UsageError if two options tell the length of a training."""
     if options.steps is not None and options.epochs != 1:
         raise UsageError("--steps and --epochs exclude each other")

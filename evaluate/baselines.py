@@ -75,6 +75,10 @@ def _generate(
     assistant: Target[Any] | None,
 ) -> list[Result]:
     model, sampling = runner.target.model, _sampling_options(control)
+    starts, begins = runner.target.start_ids, dict[str, object]()
+    if starts:
+        ids_1N = torch.tensor([starts], device=model.device)
+        begins = {"decoder_input_ids": ids_1N, "decoder_start_token_id": starts[0]}
     results = []
     with _bare(model) as forwards:
         for index, job in enumerate(jobs):
@@ -94,12 +98,13 @@ def _generate(
                 eos_token_id=closing or None,
                 pad_token_id=closing[0] if closing else 0,
                 assistant_model=assisted_by,
+                **begins,
                 **sampling,
                 **options,
             )
             results.append(
                 Result(
-                    token_ids=out_1L[0, len(job.tokens) :].tolist(),
+                    token_ids=out_1L[0, len(starts or job.tokens) :].tolist(),
                     text="",
                     finish_reason="length",
                     forwards=len(forwards) - before,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spectool.errors import CheckpointError, UnsupportedError
+from spectool.families import encoder_decoders
 
 HEADS = "spectool_heads.json"
 ADAPTER = "adapter_config.json"
@@ -59,8 +60,11 @@ def check_directory(path: Path) -> None:
         raise _refuse_without_config(path)
 
 
-def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise an InputError if a configuration is not that of a decoder-only model."""
+def check_config(path: Path, config: Mapping[str, Any], *, seq2seq: bool = False) -> None:
+    """Raise an InputError if a configuration is not that of a decoder-only model.
+
+    With `seq2seq`, encoder-decoders that can be decoded pass too.
+    """
     if is_speculator(config):
         base = _find_base(config)
         name = " ".join(map(str, config.get("architectures") or ())) or config.get("model_type")
@@ -70,14 +74,23 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             hint="give the model that it drafts for; `spectool train-heads METHOD MODEL OUT "
             f"--init-from {path} --steps 0` reads drafters of the formats that servers use",
         )
-    if is_encoder_decoder(config):
-        raise UnsupportedError(f"{path}: {config.get('model_type')} is {ENCODER_DECODER}")
+    check_encoder_decoder(config, config.get("model_type"), f"{path}: ", seq2seq=seq2seq)
     for key, value in _iterate_numbers(config):
         if _COUNT.match(key) and abs(value) > MAX_COUNT:
             raise CheckpointError(f"{path}: config.json: {key} is {value}, more than any model has")
 
 
-ENCODER_DECODER = "an encoder-decoder; spectool handles decoder-only models"
+def check_encoder_decoder(config: Any, kind: Any, where: str, *, seq2seq: bool) -> None:
+    """Raise an UnsupportedError for an encoder-decoder, but with `seq2seq` for unknown ones only.
+
+    `config` is as in `is_encoder_decoder`; `where` begins the message.
+    """
+    if is_encoder_decoder(config) and not (seq2seq and kind in encoder_decoders()):
+        known = ", ".join(encoder_decoders())
+        raise UnsupportedError(
+            f"{where}{kind} is an encoder-decoder; generate and bench decode those of {known}, and "
+            "all else is for decoder-only models"
+        )
 
 
 def is_encoder_decoder(config: Any) -> bool:

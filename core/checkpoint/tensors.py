@@ -42,7 +42,8 @@ class Checkpoint:
 
     `name`: as the user gave it. `revision`: the hub's commit, None for a local directory.
     `trust_remote_code`: Python code that comes with it may run. `checksums`: files of spectool's
-    own, its draft heads' too, are compared with their checksums.
+    own, its draft heads' too, are compared with their checksums. `seq2seq`: it may be an
+    encoder-decoder.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Checkpoint:
     revision: str | None = None
     trust_remote_code: bool = False
     checksums: bool = True
+    seq2seq: bool = False
     # Cache of `fingerprint`, which reads every byte; a list since the class is frozen.
     _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -92,11 +94,12 @@ def open_checkpoint(
     trust_remote_code: bool = False,
     checksums: bool = True,
     headers_only: bool = False,
+    seq2seq: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint in a local directory, or of a hub id, downloaded if necessary.
 
     `checksums`: compare each file of an artifact with its checksum before the first read.
-    `headers_only`: download no weights.
+    `headers_only`: download no weights. `seq2seq`: accept encoder-decoders that can be decoded.
 
     Raises:
         CheckpointError: see `read_layout`, `hub.fetch` and `hub.remote_layout`.
@@ -107,13 +110,14 @@ def open_checkpoint(
         layout = hub.remote_layout(str(model), revision)
     else:
         path = Path(model) if is_local else hub.fetch(str(model), revision, code=trust_remote_code)
-        layout = read_layout(path, check=checksums)
+        layout = read_layout(path, check=checksums, seq2seq=seq2seq)
     return Checkpoint(
         layout,
         str(model),
         revision=None if is_local else layout.path.name,
         trust_remote_code=trust_remote_code,
         checksums=checksums,
+        seq2seq=seq2seq,
     )
 
 

@@ -1,7 +1,8 @@
-"""Writing of trained checkpoints: a source's files again, with some tensors replaced.
+"""Writing of trained checkpoints: a source's files with some tensors replaced, or a new model.
 
 Files keep the source's names and contents: shards, index, configuration and companions. So the
-result is loaded as the source is. A record of the training is added.
+result is loaded as the source is. A new model has the companions alone, such as the tokenizer. A
+record of the training is added.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from spectool.checkpoint.artifact import ArtifactWriter, Content
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import (
+    DENSE_FILE,
     INDEX_SUFFIX,
     PACKED_INDEX,
     TRAINING,
@@ -58,6 +60,29 @@ def read_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
     }
 
 
+def write_new(
+    writer: ArtifactWriter,
+    source: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes],
+    training: Mapping[str, Any],
+) -> None:
+    """Write a new model's tensors and files, the companions of `source` and the record `training`.
+
+    Finishes the writer; other shards than the weights go.
+    """
+    writer.write_shard(DENSE_FILE, tensors, {}, {})
+    writer.keep_only([DENSE_FILE])
+    named = {**read_companions(source), **files}
+    record = {
+        "format_version": FORMAT_VERSION,
+        **training,
+        "checksums": writer.checksums(),
+        "files": sorted({*named, TRAINING, DENSE_FILE}),
+    }
+    writer.finish({**named, TRAINING: json_bytes(record)})
+
+
 def write_trained(
     writer: ArtifactWriter,
     source: Checkpoint,
@@ -66,7 +91,8 @@ def write_trained(
 ) -> None:
     """Write a source again with some tensors replaced, by stored name, and the record `training`.
 
-    Tensors keep their stored dtypes. Finishes the writer; other shards than the weights go.
+    Tensors keep their stored dtypes. Of a source that is a part of its files, that part is written.
+    Finishes the writer; other shards than the weights go.
     """
     layout, files = source.layout, read_companions(source)
     if layout.is_packed:
@@ -87,6 +113,12 @@ def write_trained(
     weights = find_weights(source.path, layout.config)
     for name in ("config.json", *([weights.name] if weights.name.endswith(INDEX_SUFFIX) else ())):
         files[name] = (source.path / name).read_bytes()
+    if layout.is_part:
+        files["config.json"] = json_bytes(layout.config)
+        if weights.name in files:
+            names = {name: entry.path.name for name, entry in layout.tensors.items()}
+            metadata = {"total_size": layout.num_bytes}
+            files[weights.name] = json_bytes({"metadata": metadata, "weight_map": names})
     trained_before = (source.path / TRAINING).is_file()
     record = {
         "format_version": FORMAT_VERSION,

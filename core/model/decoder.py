@@ -15,9 +15,10 @@ from spectool.model.matrices import find_matrices
 def find_decoder(model: PreTrainedModel) -> nn.Module | None:
     """Find the decoder, which contains the embedding and not the lm_head; None without one."""
     # `get_decoder` looks for it by name. For ModernBERT's decoder that gives the lm_head, which is
-    # named so, and for Mllama the whole text model.
+    # named so, and for Mllama the whole text model. That of an encoder-decoder has a copy of the
+    # embedding.
     named: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
-    if named is None or _is_decoder(named, model):
+    if named is None or model.config.is_encoder_decoder or _is_decoder(named, model):
         return named
     inner = (part for part in model.modules() if isinstance(part, PreTrainedModel))
     return next((part for part in inner if _is_decoder(part, model)), named)

@@ -23,10 +23,12 @@ def not_finite(whose: str, what: str, where: str) -> NotFinite:
 
 
 @torch.no_grad()
-def first_not_finite(model: PreTrainedModel, ids_BL: Tensor) -> str | None:
+def first_not_finite(
+    model: PreTrainedModel, ids_BL: Tensor, decoder_ids_BL: Tensor | None = None
+) -> str | None:
     """Find the embedding, block or lm_head whose output is first not finite; None if all are.
 
-    Runs a forward of these tokens.
+    Runs a forward of these tokens, and of those of an encoder-decoder's decoder.
     """
     try:
         blocks = find_blocks(model)[1]
@@ -48,7 +50,10 @@ def first_not_finite(model: PreTrainedModel, ids_BL: Tensor) -> str | None:
     handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
     try:
         forward: Any = model
-        forward(input_ids=ids_BL.to(model.device), use_cache=False)
+        inputs = {"input_ids": ids_BL.to(model.device)}
+        if decoder_ids_BL is not None:
+            inputs["decoder_input_ids"] = decoder_ids_BL.to(model.device)
+        forward(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

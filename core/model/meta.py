@@ -36,7 +36,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     with wrap_errors(path, "its config.json is not valid"):
         plain = with_plain_dtypes(raw, path)
         try:
-            if plain == raw:
+            if plain == raw and not checkpoint.layout.is_part:
                 return _load_config(path, trusted)
             return _make_config(plain, path, trusted)
         except ValueError as error:
@@ -68,14 +68,17 @@ def _make_config(raw: Mapping[str, Any], path: Path, trusted: bool) -> PreTraine
     return config
 
 
-def model_class(config: PreTrainedConfig) -> Any:
+def model_class(config: PreTrainedConfig, *, seq2seq: bool = False) -> Any:
     """Return transformers' auto class for this configuration: causal, else image-text-to-text.
 
+    With `seq2seq`, an encoder-decoder that can be decoded has its own.
+
     Raises:
-        UnsupportedError: neither class supports it, or it is an encoder-decoder.
+        UnsupportedError: no class supports it, or it is another encoder-decoder.
     """
+    foreign.check_encoder_decoder(config, config.model_type, "", seq2seq=seq2seq)
     if foreign.is_encoder_decoder(config):
-        raise UnsupportedError(f"{config.model_type} is {foreign.ENCODER_DECODER}")
+        return transformers.AutoModelForSeq2SeqLM
     remote = getattr(config, "auto_map", None) or {}
     for auto in (AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         if type(config) in auto._model_mapping or auto.__name__ in remote:
@@ -84,9 +87,15 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def build_meta(
-    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    seq2seq: bool = False,
 ) -> PreTrainedModel:
     """Build the whole model on the meta device, in eval mode, to run in `dtype`.
+
+    `seq2seq` is as in `model_class`.
 
     Raises:
         InputError: as `model_class`, or no model can be built of this configuration.
@@ -94,7 +103,7 @@ def build_meta(
     dense = copy.deepcopy(config)
     if hasattr(dense, "quantization_config"):
         del dense.quantization_config
-    kind = model_class(config)
+    kind = model_class(config, seq2seq=seq2seq)
     where = config._name_or_path or config.model_type
     with wrap_errors(where, "no model can be built of its config.json"):
         with torch.device("meta"):

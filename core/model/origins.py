@@ -144,7 +144,11 @@ def resolve_tensors(
 
     # Every check comes before anything of the model's size is allocated.
     with contents.limit_parameters(layout):
-        model = build_meta(config, trust_remote_code=checkpoint.trust_remote_code)
+        model = build_meta(
+            config,
+            trust_remote_code=checkpoint.trust_remote_code,
+            seq2seq=checkpoint.seq2seq,
+        )
     check_causal(model, layout.path)
     with wrap_errors(layout.path, "its tensors do not fit its configuration"):
         wanted = model.state_dict(keep_vars=True)

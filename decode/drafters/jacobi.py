@@ -67,6 +67,7 @@ class JacobiDrafter(Drafter):
         )
 
     name = "jacobi"
+    takes_sources = True
     needs = Needs(probs=True)
     # Drawn nodes come with their probabilities; joined with others they are deterministic.
     can_be_cut = False
@@ -98,8 +99,8 @@ class JacobiDrafter(Drafter):
         window = self._windows[request]
         drawn = window.tokens[:size]
         probs_NV = window.probs_NV[: len(drawn)] if window.probs_NV is not None and drawn else None
-        window.index.extend(request.tokens)
-        fresh = _look_up(request.tokens, drawn, window.index, size - len(drawn))
+        window.index.extend(request.text_tokens)
+        fresh = _look_up(request.text_tokens, drawn, window.index, size - len(drawn))
         # Predicted tokens were drawn from q above temperature 0; looked-up ones never are.
         kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)

@@ -112,6 +112,7 @@ class NgramDrafter(Drafter):
                 raise UsageError(f"min_n={self.min_n}: must be at most max_n={self.max_n}")
 
     name = "ngram"
+    takes_sources = True
     needs = Needs()
 
     def __init__(self, config: Config | None = None) -> None:
@@ -133,7 +134,7 @@ class NgramDrafter(Drafter):
         ]
 
     def _draft(self, request: Request, limit: int) -> Draft:
-        tokens, index = request.tokens, self._indexes[request]
+        tokens, index = request.text_tokens, self._indexes[request]
         index.extend(tokens)
         trie = Trie(tokens[-1], self.config.nodes)
         copy = self._copies.get(request)
@@ -171,7 +172,7 @@ class NgramDrafter(Drafter):
             copy = self._copies.get(outcome.request)
             if copy is None:
                 continue
-            tokens, draft = outcome.request.tokens, outcome.draft
+            tokens, draft = outcome.request.text_tokens, outcome.draft
             # New since the proposal: the accepted path and the verifier's token.
             start = len(tokens) - len(outcome.path)
             new = tokens[start:]

@@ -21,6 +21,7 @@ class NoDrafter(Drafter):
         """Options of `none`: it has none."""
 
     name = "none"
+    takes_sources = True
     needs = Needs()
 
     def __init__(self, config: Config | None = None) -> None:

@@ -67,6 +67,7 @@ class RecycleDrafter(Drafter):
         state: str | None = option(None, "file to keep the table in between runs")
 
     name = "recycle"
+    takes_sources = True
     needs = Needs(top=RANKS)
 
     def __init__(self, config: Config | None = None) -> None:

@@ -79,6 +79,7 @@ class TrigramDrafter(Drafter):
         state: str | None = option(None, "file to keep the table in between runs")
 
     name = "trigram"
+    takes_sources = True
     needs = Needs()
 
     def __init__(self, config: Config | None = None) -> None:
@@ -94,11 +95,11 @@ class TrigramDrafter(Drafter):
                 f"{self.config.state}: holds token {self._largest}; the model has {vocabulary}"
             )
         for prompt in prompts:
-            self.table.learn(prompt.request.tokens)
+            self.table.learn(prompt.request.text_tokens)
 
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         pairs = zip(requests, budget, strict=True)
-        return [self._draft(request.tokens, limit) for request, limit in pairs]
+        return [self._draft(request.text_tokens, limit) for request, limit in pairs]
 
     def _draft(self, tokens: Sequence[int], limit: int) -> Draft:
         """Grow a tree best first: always add the node whose path has the largest probability."""
@@ -127,7 +128,7 @@ class TrigramDrafter(Drafter):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            self.table.learn(outcome.request.tokens[-2 - len(outcome.path) :])
+            self.table.learn(outcome.request.text_tokens[-2 - len(outcome.path) :])
 
     def close(self) -> None:
         if self.config.state:

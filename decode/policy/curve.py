@@ -109,7 +109,9 @@ def _make_timer(target: Target[Any], length: int) -> Callable[[int], float]:
     """Return a function that times a pass of a chain of some size after `length` tokens."""
     vocabulary = target.vocab_size
     cache = target.cache(1)
-    target.prefill(cache, [[at % vocabulary for at in range(length)]])
+    text = [at % vocabulary for at in range(length)]
+    target.begin(cache, [text])
+    target.prefill(cache, [text])
 
     def run(size: int) -> float:
         draft = tree.chain([at % vocabulary for at in range(size)], kind="deterministic")

@@ -30,16 +30,20 @@ from spectool.kernels.registry import use_kernels
 class AttentionTarget(Target[TreeCache]):
     """A causal model whose layers keep keys and values of every token, in the store `kv`.
 
+    `seq2seq`: it has an encoder too (`encoder_decoder.py`).
+
     Raises:
         UnsupportedError: an architecture for which tree passes cannot be correct.
         UsageError: a context longer than the model's.
     """
 
+    seq2seq = False
+
     def __init__(
         self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
     ) -> None:
         self.kv, self._make_store = kv, parse_kv(kv)
-        check_fit(model)
+        check_fit(model, seq2seq=self.seq2seq)
         super().__init__(model, context)
         config = model.config.get_text_config(decoder=True)
         self.windows = list_windows(config)
@@ -172,12 +176,12 @@ class AttentionTarget(Target[TreeCache]):
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
             use_kernels(),
         ):
-            output = self.model(
-                input_ids=torch.tensor(tokens, device=self.device),
-                attention_mask=masks,
-                position_ids=positions_BT[:, num_tail - num_nodes :].to(self.device),
-                use_cache=True,
-                **options,
+            output = self._call(
+                cache,
+                torch.tensor(tokens, device=self.device),
+                masks,
+                positions_BT[:, num_tail - num_nodes :].to(self.device),
+                options,
             )
         if self.kv_bytes_per_token is None:
             self.kv_bytes_per_token = cache.token_bytes
@@ -185,6 +189,23 @@ class AttentionTarget(Target[TreeCache]):
         if kept is not None and not self._keeps_logits:
             logits_BNV = logits_BNV[:, kept]
         return Pass(logits_BNV, features)
+
+    def _call(
+        self,
+        cache: TreeCache,
+        ids_BN: Tensor,
+        masks: Tensor | dict[str, Tensor],
+        positions_BN: Tensor,
+        options: dict[str, Any],
+    ) -> Any:
+        """Return the model's output for a pass whose columns the cache has opened."""
+        return self.model(
+            input_ids=ids_BN,
+            attention_mask=masks,
+            position_ids=positions_BN,
+            use_cache=True,
+            **options,
+        )
 
     def masks(
         self,

@@ -66,6 +66,8 @@ class Target(ABC, Generic[CacheT]):
     `why_plain` says why not. `takes_trees`: a pass may hold a tree. `state_in_cache`: the cache
     holds all state of a request, so requests can take turns. `why_lossy` says why plain decoding is
     not the model's own, where it is not. `cache_name` is the cache argument of the model's forward.
+    `start_ids`: the tokens that the decoder of an encoder-decoder starts from; without any, a model
+    continues its prompt.
 
     Raises:
         UsageError: a context longer than the model's.
@@ -76,6 +78,7 @@ class Target(ABC, Generic[CacheT]):
     why_plain = ""
     state_in_cache = True
     why_lossy = ""
+    start_ids: Sequence[int] = ()
     kv = "dense"
     kv_bytes_per_token: int | None = None
 
@@ -105,6 +108,9 @@ class Target(ABC, Generic[CacheT]):
     @abstractmethod
     def cache(self, batch: int, context: int | None = None) -> CacheT:
         """Return an empty cache for `batch` rows, with a context as `span` returns it."""
+
+    def begin(self, cache: CacheT, sources: Sequence[Sequence[int]]) -> None:
+        """Read the sources of an encoder-decoder, one a row, before the first pass of the rows."""
 
     @torch.inference_mode()
     def prefill(

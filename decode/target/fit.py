@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool.checkpoint.foreign import is_encoder_decoder
 from spectool.decode.cache import cache_argument
 from spectool.errors import UnsupportedError
-from spectool.families import family
+from spectool.families import encoder_decoders, family
 from spectool.model.causal import why_not_causal
 from spectool.model.decoder import find_decoder
 
@@ -21,8 +21,11 @@ from spectool.model.decoder import find_decoder
 _NEEDED = ("position_ids", "attention_mask")
 
 
-def check_fit(model: PreTrainedModel) -> None:
-    """Raise UnsupportedError unless tree passes can be correct with a model."""
+def check_fit(model: PreTrainedModel, *, seq2seq: bool = False) -> None:
+    """Raise UnsupportedError unless tree passes can be correct with a model.
+
+    `seq2seq`: it is to be an encoder-decoder; else none is accepted.
+    """
     config = model.config.get_text_config(decoder=True)
     if is_recurrent(model):
         # Decoding such a model works nevertheless: see `recurrent.py`.
@@ -30,6 +33,10 @@ def check_fit(model: PreTrainedModel) -> None:
             f"{config.model_type} can neither be a draft model nor have heads trained for it: its "
             "recurrent state cannot go back to an earlier token"
         )
+    if seq2seq and config.model_type in encoder_decoders():
+        if type(model).__module__.startswith("transformers."):
+            return
+        raise cannot_decode(config, "its positions are known in transformers' own code alone")
     if (reason := _why_unfit(model, config)) is not None:
         raise cannot_decode(config, reason)
 
@@ -39,7 +46,7 @@ def _why_unfit(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     accepted = inspect.signature(model.forward).parameters
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if is_encoder_decoder(model.config):
-        return "it is an encoder-decoder"
+        return f"it is an encoder-decoder, and known are those of {', '.join(encoder_decoders())}"
     modules = (find_decoder(model) or model).modules()
     if (reason := why_not_causal(config, modules)) is not None:
         return f"it is no causal model: {reason}"

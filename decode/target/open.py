@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import methods
+from spectool.checkpoint.foreign import is_encoder_decoder
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.target.base import Target
+from spectool.decode.target.encoder_decoder import EncoderDecoderTarget
 from spectool.decode.target.fit import is_recurrent
 from spectool.decode.target.recurrent import RecurrentTarget
 from spectool.errors import UsageError
@@ -20,13 +22,17 @@ from spectool.model.loading import hash_vocabulary, load_model, load_tokenizer
 def open_target(
     model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
 ) -> Target[Any]:
-    """Open a model as a `RecurrentTarget` if it has a recurrent state, else an `AttentionTarget`.
+    """Open a model as the target that its architecture asks for.
 
     Raises:
         UnsupportedError: an architecture that cannot be decoded correctly.
         UsageError: a context longer than the model's.
     """
-    kind = RecurrentTarget if is_recurrent(model) else AttentionTarget
+    kind: type[AttentionTarget | RecurrentTarget] = AttentionTarget
+    if is_encoder_decoder(model.config):
+        kind = EncoderDecoderTarget
+    elif is_recurrent(model):
+        kind = RecurrentTarget
     return kind(model, context=context, kv=kv)
 
 
@@ -47,6 +53,8 @@ def open_strategy(
     Raises:
         InputError: a wrong strategy, another tokenizer, a checkpoint that cannot be decoded.
     """
+    if large.start_ids:
+        raise UsageError(f"--strategy {text} is not for {large.name}, an encoder-decoder")
     name, _, pairs = text.partition(":")
     strategy = methods.import_method(name, "strategy")
     config = strategy.Config.from_text(pairs)
