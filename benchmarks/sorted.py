@@ -93,7 +93,10 @@ def main() -> None:
         **{name: getattr(given, name) for name in names},
     }
     for loss in given.loss:
-        report[loss] = {"training": train(given, model, texts["train"], loss)}
+        report[loss] = {
+            "training": train(given, model, texts["train"], loss),
+            "curve": read_curve(out / f"{loss}.jsonl"),
+        }
         record.write(RESULTS / f"{given.name}.json", report)
     runner, _, _, jobs, plain = open_prompts(model, out)
     report["prompts"], report["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
@@ -121,6 +124,12 @@ def train(given: Any, model: Path, text: Path, loss: str) -> dict[str, Any]:
         path.write_text(json.dumps({**printed, "out": loss}), encoding="utf-8")
     trained: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return trained
+
+
+def read_curve(metrics: Path) -> list[dict[str, Any]]:
+    """Read the held-out metrics of a training, a line an evaluation."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()[1:]]
+    return [{"step": line["step"], **line["held_out"]} for line in lines if "held_out" in line]
 
 
 def compare(
