@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--draft", type=Path)
-    parser.add_argument("--draft-steps", type=int, default=1400)
+    parser.add_argument("--draft-steps", type=int, default=1050)
     parser.add_argument("--prompts", type=int, default=600)
     parser.add_argument("--test", type=int, default=300)
     parser.add_argument("--name", default="judge-2-core-cpu")
