@@ -157,6 +157,14 @@ METHODS: dict[str, Method] = {
         "(arXiv:2512.14681)",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "sorted": Method(
+        kind="objective",
+        target="spectool.distill.objectives.sorted:Sorted",
+        summary="The first layers of a model become a draft model, with exits between them",
+        source="Kavehzadeh et al., S2D, 2024 (arXiv:2407.01955)",
+        status="research",
+        also_in=("transformers", "vllm", "sglang"),
+    ),
     "lexical-units": Method(
         kind="objective",
         target="spectool.distill.objectives.lexical_units:LexicalUnits",

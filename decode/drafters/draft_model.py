@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.control.base import ControlStates
 from spectool.decode.drafters.vocabulary import check_vocabulary
 from spectool.decode.heads.acceptance import AcceptanceHead
@@ -36,9 +36,9 @@ from spectool.decode.heads.judge import JudgeHead
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Features, Needs, Outcome
 from spectool.decode.request import Request, apply_controls
-from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
-from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row, take_top
 from spectool.decode.target.base import Target
+from spectool.decode.target.exits import open_draft
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
 from spectool.options import option
@@ -142,19 +142,25 @@ class DraftModelDrafter(Drafter):
             minimum=0,
             maximum=1,
         )
+        exits: str | None = option(
+            None, "thresholds of its exits (.5/.5/0), or auto, those of `distill sorted`"
+        )
 
         def validate(self) -> None:
-            """Check that a head on the draft model gets chains."""
-            for name in ("acceptance", "judge"):
-                if getattr(self, name) is not None and self.tree != "chain":
-                    raise UsageError(f"{name}: the head takes chains, not tree={self.tree}")
+            """Check that a head on the draft model, or exits, get chains."""
+            heads = [name for name in ("acceptance", "judge") if getattr(self, name) is not None]
+            if heads and self.exits is not None:
+                raise UsageError(f"{heads[0]}: the head takes a draft model without exits")
+            if self.tree != "chain" and (heads or self.exits is not None):
+                what = f"{heads[0]}: the head takes" if heads else "exits: a draft with exits takes"
+                raise UsageError(f"{what} chains, not tree={self.tree}")
             if self.judge is None and self.judge_threshold is not None:
                 raise UsageError("judge_threshold is the threshold of a head: judge=DIR")
 
     name = "draft_model"
     needs = Needs()
     combines = can_be_cut = False
-    draft_model: AttentionTarget
+    draft_model: Target[Any]
     acceptance_head: AcceptanceHead | None = None
     judge_head: JudgeHead | None = None
 
@@ -168,7 +174,7 @@ class DraftModelDrafter(Drafter):
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or self.Config()
-        self.draft_model = AttentionTarget(model)
+        self.draft_model = open_draft(model, self.config.exits)
         self._vocab_size = target.vocab_size
         check_vocabulary(self.draft_model, target, tokenizer, target_tokenizer)
         self._device = target.device
@@ -268,7 +274,7 @@ class DraftModelDrafter(Drafter):
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
-    def _feed_committed(self, fresh: TreeCache) -> Tensor:
+    def _feed_committed(self, fresh: BatchCache) -> Tensor:
         """Feed committed tokens that the cache lacks, and the texts of new requests into `fresh`.
 
         Returns the logits [B, V] after each text. New texts pass apart from the others, which would
@@ -377,13 +383,13 @@ class DraftModelDrafter(Drafter):
         ).to(probs_FV.device)
         logq_FV = probs_FV.double().log()
         if config.tree == "rsd-c":
-            return _take_top(logq_FV + noise_FV, self._num_branches(growth))
+            return take_top(logq_FV + noise_FV, self._num_branches(growth))
         return self._beam(growth, logq_FV, noise_FV)
 
     def _choose_greedily(self, growth: _Growth, scores_FV: Tensor) -> tuple[Tensor, Tensor]:
         """Choose like `_choose`, but the likeliest tokens."""
         if self.config.tree == "rsd-c":
-            return _take_top(scores_FV, self._num_branches(growth))
+            return take_top(scores_FV, self._num_branches(growth))
         if self.config.tree == "rsd-s":
             return self._beam(growth, scores_FV.double().log_softmax(-1), None)
         token_F = scores_FV.argmax(-1)
@@ -441,10 +447,3 @@ class DraftModelDrafter(Drafter):
         if any(token >= self.draft_model.vocab_size for token in request.tokens[held:]):
             return 0
         return max(0, min(self.config.depth, limit, context - len(request.tokens)))
-
-
-def _take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` best tokens of each node, without those of score -inf, and their nodes."""
-    best = scores_FV.topk(min(count, scores_FV.shape[1]))
-    real_FC = best.values > -torch.inf
-    return best.indices[real_FC], real_FC.nonzero()[:, 0]
