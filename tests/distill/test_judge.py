@@ -408,6 +408,9 @@ def test_files_that_do_not_fit_are_refused(
         return open_judge(path, draft=drafting, target=to, tokenizer=None, **options)
 
     assert opened(out).threshold == report.found["threshold"]
+    runner = Runner(target, draft=f"{draft}:judge={out},tune", tune=True)
+    # The text would depend on time.
+    assert runner.drafter.policies == [] and not runner.is_tuned
     with pytest.raises(CheckpointError, match="trained for another checkpoint than"):
         opened(out, drafting)
     opened(out, drafting, allow_other_target=True)
