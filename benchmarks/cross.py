@@ -50,14 +50,13 @@ def main() -> None:
     )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"{NAME}.json"
-    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    report |= {"benchmark": "cross", "teacher": "codestory-10M"}
-    if "stories" in given.only:
-        report["stories"] = {"machine": describe(), **compare_losses(given)}
-        record.write(file, report)
-    if "mend" in given.only:
-        report["mend"] = {"machine": describe(), **mend(given)}
+    parts = {"stories": compare_losses, "mend": mend}
+    for name in given.only:
+        found = {"machine": describe(), **parts[name](given)}
+        file = RESULTS / f"{NAME}.json"
+        # Read late: the two parts may run at the same time.
+        report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        report |= {"benchmark": "cross", "teacher": "codestory-10M", name: found}
         record.write(file, report)
 
 
