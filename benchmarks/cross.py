@@ -31,7 +31,7 @@ from spectool.machine import describe
 
 NAME = "cross-2-core-cpu"
 STUDENT = ("--width", 128, "--encoder-layers", 3, "--decoder-layers", 1)
-MENDER = ("--student", "bart", "--width", 128, "--encoder-layers", 2, "--decoder-layers", 1)
+MENDER = ("--width", 128, "--encoder-layers", 2, "--decoder-layers", 1)
 DRAFTS = ("copy", "ngram", "trigram+recycle")
 ANIMALS = ["cat", "dog", "bird", "fish", "fox", "frog", "bear", "duck", "cow", "pig"]
 VERBS = ["see", "find", "like", "help", "call", "follow", "meet", "draw"]
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("build/cross"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--mend-steps", type=int, default=700)
+    parser.add_argument("--mend-steps", type=int, default=1200)
     parser.add_argument(
         "--only", nargs="+", choices=("stories", "mend"), default=["stories", "mend"]
     )
