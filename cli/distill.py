@@ -74,7 +74,9 @@ def _finish(output: Output, out: Path, report: WeightsReport) -> None:
     output.show(f"{out}: best after {report.best['step']} of {report.steps} steps")
     if not report.best["step"]:
         output.show("no trained weights were better: the output has those of the beginning")
-    elif report.draft is not None:
+    if report.is_draft:
+        output.show(f"decode MODEL with --draft {out}:exits=auto: the text is MODEL's own")
+    elif report.draft is not None and report.best["step"]:
         output.show(
             f"decode with --draft {report.draft}: the text is that of {out} without a "
             "drafter, and not that of MODEL"

@@ -96,6 +96,8 @@ def describe_metrics(metrics: Mapping[str, Any]) -> str:
     if "perplexity" in metrics:
         followed = f", KL {metrics['kl']:.4f}" if "kl" in metrics else ""
         return f"perplexity {metrics['perplexity']:.3f}{followed}"
+    if "auc" in metrics:
+        return f"area under the ROC curve {metrics['auc']:.3f}"
     if "calibration_error" in metrics:
         return (
             f"loss {-metrics['score']:.4f}, acceptance {metrics['predicted']:.1%} predicted and "

@@ -12,8 +12,13 @@ from spectool import methods
 from spectool.checkpoint.checksums import Checksums, parse
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, TRAINING, Layout, read_json
 from spectool.cli.common import Output, size
-from spectool.cli.train_heads import calibration_lines
-from spectool.distill.options import AcceptanceOptions, HeadsOptions, WeightsOptions
+from spectool.cli.train_heads import calibration_lines, judge_lines
+from spectool.distill.options import (
+    AcceptanceOptions,
+    HeadsOptions,
+    JudgeOptions,
+    WeightsOptions,
+)
 from spectool.errors import CheckpointError, UsageError
 from spectool.options import Config, command_words, option, options_of
 from spectool.quantize.options import ComputeOptions, QuantizeOptions
@@ -204,7 +209,11 @@ def _heads_lines(path: Path, record: dict[str, Any]) -> Iterator[str]:
     )
     try:
         if record["method"] in methods.list_methods("head"):
-            yield from calibration_lines(record["training"]["calibration"])
+            training = record["training"]
+            is_judge = record["method"] == "judge"
+            yield from (
+                judge_lines(training) if is_judge else calibration_lines(training["calibration"])
+            )
             yield f"trained for: {record['target']['lineage']} and its quantized versions"
             yield f"with the draft model: {record['target']['draft_model']['lineage']}"
             return
@@ -247,6 +256,8 @@ def heads_command(record: dict[str, Any]) -> list[str]:
     options: type[Config] = HeadsOptions
     if record["method"] in methods.list_methods("head"):
         options, training["draft_model"] = AcceptanceOptions, "DRAFT"
+        if record["method"] == "judge":
+            options = JudgeOptions
     given = [
         LoadOptions(model="MODEL", **_recorded(LoadOptions, training)),
         WriteOptions(out=Path("OUT")),

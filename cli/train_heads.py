@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output, describe_method, prepare_torch, size
-from spectool.distill.options import AcceptanceOptions, HeadsOptions
+from spectool.distill.options import AcceptanceOptions, HeadsOptions, JudgeOptions
 from spectool.errors import UsageError
 from spectool.options import Config, option
 from spectool.shared_options import LoadOptions, WriteOptions
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spectool.distill.plan import HeadsJob, HeadsPlan
     from spectool.distill.train_acceptance import AcceptanceJob, AcceptancePlan, AcceptanceReport
     from spectool.distill.train_heads import HeadsReport
+    from spectool.distill.train_judge import JudgeJob, JudgePlan, JudgeReport
     from spectool.distill.train_weights import WeightsJob, WeightsPlan
 
 RESUME = "run the same command to resume from the last stored state"
@@ -174,16 +175,25 @@ def train_acceptance(
 ) -> None:
     """Train an acceptance head for a draft model of MODEL and write it to the directory OUT."""
     prepare_torch(load.threads)
-    from spectool.checkpoint.dtypes import parse_dtype
     from spectool.distill import train_acceptance as training
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(f"{method} is trained by one process", hint="start it without torchrun")
     job = training.AcceptanceJob(config=config, **options.as_dict())  # type: ignore[arg-type]
-    write.check_plot()
     output.show_plan = lambda plan: _show_acceptance_plan(output, job, plan)
+    report = _train_alone(training.train_acceptance, output, job, load, write)
+    _finish_acceptance(output, write.out, job, report)
+
+
+def _train_alone(
+    train: Callable[..., Any], output: Output, job: Any, load: LoadOptions, write: HeadsOutput
+) -> Any:
+    """Train a head for a pair of models in this process; return the report."""
+    from spectool.checkpoint.dtypes import parse_dtype
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this head is trained by one process", hint="start it without torchrun")
+    write.check_plot()
     output.resume = RESUME
-    report = training.train_acceptance(
+    report = train(
         load.open(),
         write.out,
         job,
@@ -195,7 +205,7 @@ def train_acceptance(
         reporter=output,
     )
     write.draw(output)
-    _finish_acceptance(output, write.out, job, report)
+    return report
 
 
 def _show_acceptance_plan(output: Output, job: AcceptanceJob, plan: AcceptancePlan) -> None:
@@ -239,6 +249,70 @@ def calibration_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     yield f"  mean distance {metrics['calibration_error']:.1%}"
 
 
+def train_judge(
+    output: Output,
+    method: str,
+    config: Config,
+    options: JudgeOptions,
+    load: LoadOptions,
+    write: HeadsOutput,
+) -> None:
+    """Train a judge head for a draft model of MODEL and write it to the directory OUT."""
+    prepare_torch(load.threads)
+    from spectool.distill import train_judge as training
+
+    job = training.JudgeJob(config=config, **options.as_dict())  # type: ignore[arg-type]
+    output.show_plan = lambda plan: _show_judge_plan(output, job, plan)
+    report = _train_alone(training.train_judge, output, job, load, write)
+    _finish_judge(output, write.out, job, report)
+
+
+def _show_judge_plan(output: Output, job: JudgeJob, plan: JudgePlan) -> None:
+    output.say(
+        f"plan: {describe_method('judge', job.config)}, {plan.parameters} parameters, "
+        f"{size(plan.file_bytes)} on disk, memory at least {size(plan.memory_bytes)}"
+    )
+    output.say(
+        f"plan: MODEL answers {plan.prompts} prompts and {plan.held_out} held-out ones in at most "
+        f"{job.max_new_tokens} tokens, and again after each token that the draft model would change"
+    )
+
+
+def _finish_judge(output: Output, out: Path, job: JudgeJob, report: JudgeReport) -> None:
+    """Print the curve of the head that was written, and how the pair decodes with it."""
+    output.show(
+        f"{out}: {report.parameters} parameters; what the judge accepts on held-out prompts"
+    )
+    for line in judge_lines(report.found):
+        output.show(line)
+    output.show(f"{report.seconds:.1f} s")
+    output.show(f"decode with --draft {job.draft_model}:judge={out},depth=8 --lossy")
+    output.result(
+        {
+            "out": str(out),
+            "method": report.record.method,
+            "lossless": False,
+            "parameters": report.parameters,
+            "seconds": report.seconds,
+            **report.found,
+        }
+    )
+
+
+def judge_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield tables of thresholds and of decoded held-out prompts, accuracy first."""
+    yield "  important caught  unimportant accepted  threshold"
+    for row in found["curve"]:
+        mark = "  <- used" if row["threshold"] == found["threshold"] else ""
+        yield (f"  {row['recall']:>16.1%} {row['accepted']:>21.1%} {row['threshold']:>10.4f}{mark}")
+    yield "  decoding  accuracy  accepted of a chain  tokens per forward"
+    for name, row in found["held_out_prompts"].items():
+        yield (
+            f"  {name:<8} {row['accuracy']:>9.1%} {row['accepted_length']:>20.2f} "
+            f"{row['tokens_per_forward']:>19.2f}"
+        )
+
+
 TRAIN_HEADS = Verb(
     name="train-heads",
     help="Train draft heads",
@@ -246,5 +320,5 @@ TRAIN_HEADS = Verb(
     known=lambda: [*methods.list_trainable(), *methods.list_methods("head")],
     config=lambda method: getattr(method, "Heads", method).Config,
     run=train_heads,
-    others={"acceptance": train_acceptance},
+    others={"acceptance": train_acceptance, "judge": train_judge},
 )

@@ -157,6 +157,14 @@ METHODS: dict[str, Method] = {
         "(arXiv:2512.14681)",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "sorted": Method(
+        kind="objective",
+        target="spectool.distill.objectives.sorted:Sorted",
+        summary="The first layers of a model become a draft model, with exits between them",
+        source="Kavehzadeh et al., S2D, 2024 (arXiv:2407.01955)",
+        status="research",
+        also_in=("transformers", "vllm", "sglang"),
+    ),
     "lexical-units": Method(
         kind="objective",
         target="spectool.distill.objectives.lexical_units:LexicalUnits",
@@ -291,6 +299,14 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.heads.acceptance:AcceptanceHead",
         summary="A head on a draft model ends its chains where a rejection is likely",
         source="Huang et al., SpecDec++, 2024 (arXiv:2405.19715)",
+        status="research",
+    ),
+    "judge": Method(
+        kind="head",
+        target="spectool.decode.heads.judge:JudgeHead",
+        summary="A head accepts drafted tokens that leave the answer as it is; lossy",
+        source="Bachmann et al., Judge Decoding, 2025 (arXiv:2501.19309); Garipov et al., "
+        "AutoJudge, 2025 (arXiv:2504.20039)",
         status="research",
     ),
     "greedy": Method(

@@ -27,7 +27,7 @@ from spectool.decode.request import Request, apply_controls, no_token_left
 from spectool.decode.sampling import StepDraws, not_finite_logits, probs_by_row
 from spectool.decode.target.base import Pass, PrefillOutput, Target, top_ids
 from spectool.decode.tree import Draft
-from spectool.decode.verify import resolve_paths
+from spectool.decode.verify import accept_judged, resolve_paths
 
 # Prompt tokens of a step, padding included: running requests wait for no more than these.
 CHUNK = 512
@@ -262,7 +262,8 @@ class Engine:
         done = self.target.verify(self.cache, drafts, needs)
         fed = time.perf_counter()
         observe = functools.partial(self.target.observe, requests, self.cache)
-        verified = _verify(requests, drafts, done.logits_BNV, observe, needs.top)
+        judged = self.drafter.judge(drafts, done.features)
+        verified = _verify(requests, drafts, done.logits_BNV, observe, needs.top, judged)
         # On a GPU the pass has only been enqueued before its verdict is read.
         passed = fed if self.target.device.type == "cpu" else time.perf_counter()
         events: list[Event] = []
@@ -372,11 +373,12 @@ def _verify(
     logits_BNV: Tensor,
     observe: Callable[[Tensor], None],
     top: int = 0,
+    judged: Sequence[Tensor] | None = None,
 ) -> list[_Verified | None]:
     """Run each request's verifier on its draft; `top` likeliest ids are listed after each node.
 
-    `observe` is given the logits as the controls left them. None stands for a request that failed;
-    its `error` is set.
+    `observe` is given the logits as the controls left them. `judged` are the nodes that the drafter
+    accepts besides (`Drafter.judge`). None stands for a request that failed; its `error` is set.
     """
     drafted = list(zip(requests, drafts, strict=True))
     controlled_BNV = apply_controls(
@@ -392,6 +394,8 @@ def _verify(
         )
         for (request, draft), probs_NV in zip(drafted, probs, strict=True)
     ]
+    if judged is not None:
+        verdicts = list(map(accept_judged, drafts, verdicts, judged))
     top_BNK = top_ids(logits_BNV, top) if top else logits_BNV.new_zeros(0, dtype=torch.long)
     best_BN = logits_BNV.amax(-1)
     allowed_BN = best_BN if controlled_BNV is logits_BNV else controlled_BNV.amax(-1)

@@ -152,5 +152,13 @@ class Drafter(ABC):
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Take the outcomes of the drafts, in the order of the requests of `propose`."""
 
+    def judge(self, drafts: Sequence[Draft], features: Features) -> Sequence[Tensor] | None:
+        """Return the nodes [N] of each draft to accept even where the verifier does not.
+
+        `features` [B, N, D] are those of the pass that verifies the drafts. None without a judge;
+        only nodes of kind `judged` may be accepted so.
+        """
+        return None
+
     def close(self) -> None:
         """Write to disk what the user asked to keep; no request follows."""

@@ -1,6 +1,6 @@
 """From logits to probabilities, and from probabilities to tokens: warping, seeds, draws.
 
-Suffixes: B batch, N nodes, V vocabulary, M a subset of nodes.
+Suffixes: B batch, N nodes, V vocabulary, M a subset of nodes, F nodes to expand, C chosen tokens.
 """
 
 from __future__ import annotations
@@ -131,3 +131,10 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+def take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` best tokens of each node, without those of score -inf, and their nodes."""
+    best = scores_FV.topk(min(count, scores_FV.shape[1]))
+    real_FC = best.values > -torch.inf
+    return best.indices[real_FC], real_FC.nonzero()[:, 0]

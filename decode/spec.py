@@ -23,6 +23,7 @@ from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode.drafters.combined import Combined
 from spectool.decode.heads import artifact
 from spectool.decode.heads.acceptance import open_acceptance
+from spectool.decode.heads.judge import open_judge
 from spectool.decode.protocol import Drafter
 from spectool.decode.target.base import Target
 from spectool.errors import CheckpointError, UsageError
@@ -158,15 +159,17 @@ def _open_part(
         tokenizer=loading.load_tokenizer(checkpoint),
         target_tokenizer=target_tokenizer,
     )
+    pair: Any = {
+        "draft": opened.draft_model,
+        "target": target,
+        "tokenizer": target_tokenizer,
+        "allow_other_target": allow_other_target,
+        "checksums": checksums,
+    }
     if part.config.acceptance is not None:
-        opened.acceptance_head = open_acceptance(
-            part.config.acceptance,
-            draft=opened.draft_model,
-            target=target,
-            tokenizer=target_tokenizer,
-            allow_other_target=allow_other_target,
-            checksums=checksums,
-        )
+        opened.acceptance_head = open_acceptance(part.config.acceptance, **pair)
+    if part.config.judge is not None:
+        opened.set_judge(open_judge(part.config.judge, **pair))
     built: Drafter = opened
     return built
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 # How a node was proposed: looked up or ranked; drawn from the distribution after its parent,
-# independently of its siblings; drawn from that distribution without the siblings before it. Or it
-# is accepted without a test, which changes the text.
-Kind = Literal["deterministic", "iid", "distinct", "forced"]
+# independently of its siblings; drawn from that distribution without the siblings before it. Two
+# kinds change the text: a node that is accepted without a test, and an `iid` one (greedy: the
+# likeliest) that the drafter may accept where the verifier does not (`Drafter.judge`).
+Kind = Literal["deterministic", "iid", "distinct", "forced", "judged"]
 
 
 @dataclass(slots=True)

@@ -148,6 +148,17 @@ def typical(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     return Verdict(rng.pick(probs_NV, draft.depths), accept_N)
 
 
+def accept_judged(draft: Draft, verdict: Verdict, judged_N: Tensor) -> Verdict:
+    """Accept, besides what a verifier accepts, the nodes that a judge accepts."""
+    accept_N = verdict.accept_N
+    if accept_N is None:
+        nodes = list(range(1, len(draft)))
+        token_N = _node_tokens(draft, nodes, verdict.emit_N.device)
+        equal_N = token_N == verdict.emit_N[draft.parents[1:]]
+        accept_N = torch.cat([equal_N.new_ones(1), equal_N])
+    return Verdict(verdict.emit_N, accept_N | judged_N)
+
+
 @dataclass(slots=True)
 class _Siblings:
     """The nodes with children, their children as drawn, and the accepted child of each so far.
@@ -273,7 +284,8 @@ def choose_verifier(
 ) -> Verification:
     """Choose the verifier for drafts of these kinds; the best exact one if no name is given.
 
-    At temperature 0 every verifier is the greedy one, which is exact unless nodes are forced.
+    At temperature 0 every verifier is the greedy one, which is exact unless nodes are forced or
+    judged.
 
     Raises:
         UsageError: no such verifier, or an inexact pair without `lossy`.
@@ -285,8 +297,14 @@ def choose_verifier(
             "the drafter accepts some of its tokens untested, which changes the text",
             hint="leave its cap or beta out, or add --lossy",
         )
+    if "judged" in kinds and not lossy:
+        raise UsageError(
+            "the judge head accepts tokens that the target would not choose, which changes the "
+            "text",
+            hint="leave judge out, or add --lossy",
+        )
     if temperature == 0:
-        return Verification("greedy", greedy, "forced" not in kinds)
+        return Verification("greedy", greedy, not {"forced", "judged"} & set(kinds))
     if name is None:
         # On deterministic nodes both accept as much, and token-match keeps the plain sampled text.
         name = "rejection" if set(kinds) - {"deterministic", "forced"} else "token-match"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,40 @@ class AcceptanceOptions(CorpusOptions):
     def validate(self) -> None:
         """Check what involves more than one option."""
         _check_length(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeOptions(TextOptions):
+    """Options of a training of a judge head, apart from where it runs.
+
+    Raises:
+        UsageError: no data, or `answer` is no regular expression.
+    """
+
+    PANEL: ClassVar = "Training"
+
+    draft_model: str = same_option(AcceptanceOptions, "draft_model")
+    data: tuple[str, ...] = option(
+        (), 'Prompts with checkable answers, rows as {"prompt": ..., "answer": ...}; repeatable'
+    )
+    answer: str = option(
+        r"-?\d+(?:[.,]\d+)*",
+        "Regular expression of the answer in a reply: its last match, or the first group of that",
+    )
+    max_new_tokens: int = option(256, "Maximum number of tokens of a reply", minimum=1)
+    held_out: int = option(
+        200, "Maximum number of prompts held out for the threshold, at most a fifth", minimum=1
+    )
+    seed: int = same_option(HeadsOptions, "seed")
+
+    def validate(self) -> None:
+        """Check the data and the regular expression."""
+        if not self.data:
+            raise UsageError("no data", hint="--data FILE, prompts with checkable answers")
+        try:
+            re.compile(self.answer)
+        except re.error as error:
+            raise UsageError(f"--answer {self.answer}: no regular expression: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

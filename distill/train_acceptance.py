@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_target
-from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
-from spectool.data.text import check_ids
+from spectool.checkpoint.tensors import Checkpoint, hash_json
 from spectool.decode.generate import Runner
 from spectool.decode.heads.acceptance import METHOD, AcceptanceHead
-from spectool.decode.heads.artifact import HeadsRecord, lineage
+from spectool.decode.heads.artifact import HeadsRecord
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import Sample, batches, read_corpus, split
@@ -35,17 +34,13 @@ from spectool.distill.objectives.acceptance import (
     count_places,
 )
 from spectool.distill.options import AcceptanceOptions
+from spectool.distill.pair import PairOfCheckpoints, open_pair
 from spectool.distill.processes import ALONE
-from spectool.errors import CheckpointError, TextError, UnsupportedError
-from spectool.machine import available_memory, reproducible, software_versions
+from spectool.errors import TextError
+from spectool.machine import reproducible
 from spectool.model.loading import (
     check_device,
-    default_dtype,
-    hash_vocabulary,
-    load_model,
-    load_tokenizer,
 )
-from spectool.model.meta import build_meta, read_config
 from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import OPTIMIZERS, Metrics, check_optimizer
 
@@ -90,29 +85,6 @@ class AcceptanceReport:
     best: Metrics
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Checkpoints:
-    """Both checkpoints of a job, and how they compute."""
-
-    target: Checkpoint
-    draft: Checkpoint
-    tokenizer: Any
-    dtype: torch.dtype
-    device: torch.device
-    runtime: str
-
-    def load(self, checkpoint: Checkpoint, reporter: Reporter) -> Any:
-        """Load one of them, frozen."""
-        model = load_model(
-            checkpoint,
-            dtype=self.dtype,
-            device=str(self.device),
-            runtime=self.runtime,
-            reporter=reporter,
-        )
-        return model.requires_grad_(False)
-
-
 def train_acceptance(
     checkpoint: Checkpoint,
     out: Path,
@@ -137,9 +109,8 @@ def train_acceptance(
     check_target(out, overwrite=overwrite)
     where = check_device(device)
     check_optimizer(job.optimizer, where)
-    both = _open(checkpoint, job, dtype, where, runtime)
-    contexts = [each.layout.context for each in (both.target, both.draft)]
-    seq_len = min(job.seq_len, *(context or job.seq_len for context in contexts))
+    both = open_pair(checkpoint, job.draft_model, dtype=dtype, device=where, runtime=runtime)
+    seq_len = min(job.seq_len, both.context or job.seq_len)
     samples = read_corpus(job, both.tokenizer, seq_len, reporter)
     chosen = split(samples, held_out=job.held_out, seed=job.seed)
     texts = [[samples[i] for i in indices] for indices in chosen]
@@ -175,38 +146,6 @@ def train_acceptance(
     )
 
 
-def _open(
-    checkpoint: Checkpoint,
-    job: AcceptanceJob,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    runtime: str,
-) -> _Checkpoints:
-    """Open the draft model beside its target.
-
-    Raises:
-        InputError: there is none, or it has another tokenizer, or it cannot draft.
-    """
-    draft = open_checkpoint(
-        job.draft_model,
-        trust_remote_code=checkpoint.trust_remote_code,
-        checksums=checkpoint.checksums,
-    )
-    tokenizer = load_tokenizer(checkpoint)
-    if hash_vocabulary(load_tokenizer(draft)) != hash_vocabulary(tokenizer):
-        raise CheckpointError(
-            f"--draft-model {job.draft_model}: its tokenizer is not that of {checkpoint.name}"
-        )
-    return _Checkpoints(
-        target=checkpoint,
-        draft=draft,
-        tokenizer=tokenizer,
-        dtype=dtype or default_dtype(checkpoint.layout, device),
-        device=device,
-        runtime=runtime,
-    )
-
-
 def _make_steps(samples: Sequence[Sample], job: AcceptanceJob) -> list[list[int]]:
     """Return the indices of the texts of each step."""
     return batches(
@@ -215,7 +154,7 @@ def _make_steps(samples: Sequence[Sample], job: AcceptanceJob) -> list[list[int]
 
 
 def _make_plan(
-    both: _Checkpoints, job: AcceptanceJob, texts: Sequence[Sequence[Sample]], seq_len: int
+    both: PairOfCheckpoints, job: AcceptanceJob, texts: Sequence[Sequence[Sample]], seq_len: int
 ) -> AcceptancePlan:
     """Estimate what the training takes, and check that it can run.
 
@@ -224,28 +163,17 @@ def _make_plan(
         CheckpointError: the tokenizer does not fit a model.
         TextError: no held-out text is in the loss.
     """
-    models: list[Any] = []
-    for each in (both.target, both.draft):
-        config, trusted = read_config(each), each.trust_remote_code
-        models.append(build_meta(config, trust_remote_code=trusted))
-        rows = models[-1].get_input_embeddings().num_embeddings
-        for sample in (*texts[0], *texts[1]):
-            check_ids(sample.tokens, rows, f"{each.name}: its tokenizer")
+    models = both.build_meta([sample.tokens for part in texts for sample in part])
     draft = AttentionTarget(models[1])
     if not count_places(texts[1]):
         raise TextError(f"{', '.join(job.data)}: no held-out text to evaluate on")
     with torch.device("meta"):
         head = AcceptanceHead(job.config, draft.width)
     parameters = sum(p.numel() for p in head.parameters())
-    weights = sum(p.numel() for model in models for p in model.parameters())
     # Probabilities and logits of both models for the tokens of a step.
     logits = 4 * 6 * models[0].get_output_embeddings().out_features * job.batch_tokens
-    memory = both.dtype.itemsize * weights + (16 + OPTIMIZERS[job.optimizer]) * parameters + logits
-    if memory > (free := available_memory(both.device)):
-        raise UnsupportedError(
-            f"the training takes about {memory / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            hint="a smaller --batch-tokens needs less",
-        )
+    memory = both.weight_bytes(models) + (16 + OPTIMIZERS[job.optimizer]) * parameters + logits
+    both.check_memory(memory, hint="a smaller --batch-tokens needs less")
     return AcceptancePlan(
         parameters=parameters,
         file_bytes=4 * parameters,
@@ -291,23 +219,14 @@ def _regenerate(
     return made
 
 
-def _make_record(both: _Checkpoints, job: AcceptanceJob, pair: Pair) -> HeadsRecord:
+def _make_record(both: PairOfCheckpoints, job: AcceptanceJob, pair: Pair) -> HeadsRecord:
     """Return the record of what is trained, without the training."""
     return HeadsRecord(
         method=METHOD,
         options=job.config.as_dict(),
-        target={
-            "fingerprint": both.target.fingerprint(),
-            "lineage": lineage(both.target),
-            "hidden_size": pair.target.get_output_embeddings().in_features,
-            "vocab_size": pair.vocab_size,
-            "tokenizer": hash_vocabulary(both.tokenizer),
-            "draft_model": {
-                "fingerprint": both.draft.fingerprint(),
-                "lineage": lineage(both.draft),
-                "hidden_size": pair.draft.width,
-            },
-        },
+        target=both.describe(
+            pair.target.get_output_embeddings().in_features, pair.vocab_size, pair.draft.width
+        ),
         accuracy=[],
         tree=[],
         shares=[],
@@ -316,7 +235,7 @@ def _make_record(both: _Checkpoints, job: AcceptanceJob, pair: Pair) -> HeadsRec
 
 
 def _make_identity(
-    both: _Checkpoints, job: AcceptanceJob, samples: Sequence[Sample], seq_len: int
+    both: PairOfCheckpoints, job: AcceptanceJob, samples: Sequence[Sample], seq_len: int
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of OUT, without paths."""
     left_out = ("data", "field", "template_arg", "draft_model")
@@ -328,15 +247,5 @@ def _make_identity(
         "seq_len": seq_len,
         "options": job.config.as_dict(),
         "data": hash_json([[sample.tokens, sample.loss_mask] for sample in samples]),
-        "source": {
-            "fingerprint": both.target.fingerprint(),
-            "revision": both.target.revision,
-            "draft_model": both.draft.fingerprint(),
-        },
-        "dtype": str(both.dtype).removeprefix("torch."),
-        "device": both.device.type,
-        "runtime": both.runtime,
-        # The number of threads changes the last bits of sums, and training amplifies them.
-        "threads": torch.get_num_threads(),
-        "versions": software_versions(),
+        **both.identity(),
     }

@@ -82,12 +82,13 @@ class WeightsPlan:
 class WeightsReport:
     """Result of a training: held-out metrics before it and of the weights that were written.
 
-    `draft`: the drafter that they were trained for, if any.
+    `draft`: the drafter that they were trained for, if any. `is_draft`: they draft for the source.
     """
 
     plan: WeightsPlan
     steps: int
     draft: str | None
+    is_draft: bool
     initial: Metrics
     best: Metrics
     seconds: float
@@ -136,7 +137,7 @@ def train_weights(
         with processes.together():
             task = replace(
                 task,
-                model=_load(checkpoint, where, "packed"),
+                model=_load(task.source, where, "packed"),
                 teacher=None if teacher is None else _load(teacher, where, "dense"),
             )
         objective = import_method(job.method, "objective")(task, job.config)
@@ -147,6 +148,7 @@ def train_weights(
         plan=plan,
         steps=objective.recipe.steps,
         draft=objective.draft,
+        is_draft=objective.is_draft,
         initial=history.evaluations[0],
         best=history.best,
         seconds=time.monotonic() - began,
@@ -177,8 +179,10 @@ def _prepare(
         raise UsageError(f"{job.method}: no teacher to learn from", hint="--teacher MODEL")
     if job.teacher is not None and not kind.takes_teacher:
         raise UsageError(f"--teacher: {job.method} learns from the model itself")
-    architecture = Architecture(checkpoint)
-    teacher = None if job.teacher is None else _open_teacher(job.teacher, checkpoint)
+    student, teacher = kind.choose_student(checkpoint, job.config)
+    architecture = Architecture(student)
+    if job.teacher is not None:
+        teacher = _open_teacher(job.teacher, checkpoint)
     contexts = [each.layout.context for each in (checkpoint, teacher) if each is not None]
     seq_len = min(job.seq_len, *(context or job.seq_len for context in contexts))
     texts = _read_texts(checkpoint, architecture, job, seq_len, reporter)
@@ -186,7 +190,7 @@ def _prepare(
         name=job.method,
         # The weights come after the plan.
         model=_copy_without_weights(architecture),
-        source=checkpoint,
+        source=student,
         architecture=architecture,
         texts=texts,
         learning_rate=job.learning_rate,
@@ -298,7 +302,7 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         held = max(held // task.processes.size, models)
     # Logits with their gradient and log probabilities.
     copies = 6 if teacher is not None or objective.frozen_copies else 3
-    logits = 4 * copies * table.num_embeddings * job.batch_tokens
+    logits = 4 * copies * table.num_embeddings * job.batch_tokens * objective.logits_per_token
     needed = held + activation_bytes(architecture, job.batch_tokens) + logits
     if task.device.type == "cpu":
         needed *= task.processes.local_size

@@ -40,6 +40,9 @@ HEADS_FILE = "heads.safetensors"
 # Record of a training that wrote a dense checkpoint.
 TRAINING = "spectool_training.json"
 
+# Keys of a configuration that may hold the number of decoder layers.
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+
 # A tensor of a numbered block: the list's name and the number.
 _NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")
 
@@ -86,7 +89,8 @@ class TensorEntry:
 class Layout:
     """A checkpoint's configuration and the headers of all its tensors, by name.
 
-    `checksums`: of an artifact's files by name; empty for artifacts of older versions.
+    `checksums`: of an artifact's files by name; empty for artifacts of older versions. `is_part`:
+    the files hold more layers, and another configuration.
 
     Raises:
         CheckpointError: the configuration's entries about quantization are invalid.
@@ -96,6 +100,7 @@ class Layout:
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
     checksums: dict[str, Checksums] = field(default_factory=dict)
+    is_part: bool = False
 
     def __post_init__(self) -> None:
         _check_objects(self.path, self.config)
@@ -191,7 +196,7 @@ def find_extra_blocks(layout: Layout) -> list[str]:
     (`contents.find_unused`).
     """
     text_config = layout.config.get("text_config") or layout.config
-    counts = (text_config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers"))
+    counts = (text_config.get(key) for key in COUNTS)
     count = next((each for each in counts if isinstance(each, int)), None)
     by_list: dict[str, dict[str, int]] = {}
     for name in layout.tensors:

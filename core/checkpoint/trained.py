@@ -91,7 +91,8 @@ def write_trained(
 ) -> None:
     """Write a source again with some tensors replaced, by stored name, and the record `training`.
 
-    Tensors keep their stored dtypes. Finishes the writer; other shards than the weights go.
+    Tensors keep their stored dtypes. Of a source that is a part of its files, that part is written.
+    Finishes the writer; other shards than the weights go.
     """
     layout, files = source.layout, read_companions(source)
     if layout.is_packed:
@@ -112,6 +113,12 @@ def write_trained(
     weights = find_weights(source.path, layout.config)
     for name in ("config.json", *([weights.name] if weights.name.endswith(INDEX_SUFFIX) else ())):
         files[name] = (source.path / name).read_bytes()
+    if layout.is_part:
+        files["config.json"] = json_bytes(layout.config)
+        if weights.name in files:
+            names = {name: entry.path.name for name, entry in layout.tensors.items()}
+            metadata = {"total_size": layout.num_bytes}
+            files[weights.name] = json_bytes({"metadata": metadata, "weight_map": names})
     trained_before = (source.path / TRAINING).is_file()
     record = {
         "format_version": FORMAT_VERSION,

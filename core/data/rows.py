@@ -86,6 +86,13 @@ class Row:
             answer = len("\n".join(contents[:-1]))
         return dataclasses.replace(self, text="\n".join(contents), messages=(), answer=answer)
 
+    def read_answer(self) -> str:
+        """Return the answer that the row ends with, an empty text if it ends with none."""
+        if self.text is not None:
+            return "" if self.answer is None else self.text[self.answer :].strip()
+        last = self.messages[-1]
+        return str(last["content"]).strip() if last["role"] == "assistant" else ""
+
     def cut_answer(self) -> Row:
         """Return the row without the answer that it ends with.
 

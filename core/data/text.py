@@ -77,12 +77,13 @@ class Prompt:
     """A prompt: a text, or the token ids of a conversation rendered by the chat template.
 
     `ends`: tokens that end an answer in addition to the model's end of text: the template's end of
-    turn.
+    turn. `answer`: the answer that the row ended with, if any.
     """
 
     given: str | list[int]
     category: str | None = None
     ends: frozenset[int] = frozenset()
+    answer: str = ""
 
 
 def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -> Iterator[Row]:
@@ -203,18 +204,19 @@ def read_prompts(
         if per_category is not None and seen[row.category] > per_category:
             continue
         row = join_without_template(row, tokenizer)
+        answer = row.read_answer()
         if row.text is not None or not set(ENDING).intersection(template or ()):
             row = row.cut_answer()
         text = render_checked(row, tokenizer, template=template, prompt=True)
         reading.add(row, text, tokenizer)
         if row.text is not None:
-            result.append(Prompt(text, row.category))
+            result.append(Prompt(text, row.category, answer=answer))
             continue
         if ends is None:
             ends = find_stop_tokens(row, tokenizer, template)
         # Token ids: the text holds the template's special tokens already, and encoding it as a
         # plain text would add the start token again.
-        result.append(Prompt(encode(tokenizer, text), row.category, ends))
+        result.append(Prompt(encode(tokenizer, text), row.category, ends, answer))
     if not result:
         raise TextError(f"{source}: holds no prompt")
     reporter.event(reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from spectool import machine
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
 from spectool.checkpoint.tensors import Checkpoint, check_finite, hash_json, open_checkpoint
-from spectool.errors import CheckpointError, UsageError, require, wrap_errors
+from spectool.errors import CheckpointError, UsageError, require, silence_logger, wrap_errors
 from spectool.kernels import cpu
 from spectool.model import registration
 from spectool.model.architecture import Architecture
@@ -189,7 +190,10 @@ def _open(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     if (checkpoint.path / GENERATION).exists():
         # Checked here: transformers ignores a damaged file, and the ids of the end of text with it.
         read_json(checkpoint.path / GENERATION)
-    with wrap_errors(checkpoint.path, "transformers cannot load it"):
+    # It would warn of the tensors of a cut checkpoint's later layers.
+    logger = "transformers.modeling_utils"
+    quiet = silence_logger(logger) if checkpoint.layout.is_part else contextlib.nullcontext()
+    with wrap_errors(checkpoint.path, "transformers cannot load it"), quiet:
         model, info = model_class(config, seq2seq=checkpoint.seq2seq).from_pretrained(
             checkpoint.path,
             config=config,

@@ -36,7 +36,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     with wrap_errors(path, "its config.json is not valid"):
         plain = with_plain_dtypes(raw, path)
         try:
-            if plain == raw:
+            if plain == raw and not checkpoint.layout.is_part:
                 return _load_config(path, trusted)
             return _make_config(plain, path, trusted)
         except ValueError as error:

@@ -7,7 +7,8 @@ temperature 0 tokens are drawn from q, the draft's distribution after warping, a
 this q. At 0 the trees hold the likeliest tokens instead: of each node (`rsd-c`) or of a beam.
 
 With an acceptance head a chain ends where a rejection is likely (`decode/heads/acceptance.py` says
-why the distribution stays).
+why the distribution stays). With a judge head tokens of a chain are accepted that the verifier
+rejects (`decode/heads/judge.py`): lossy.
 
 The draft's cache holds committed tokens up to the root; the proposed tree grows in the cache's
 tail, level by level. Suffixes: B requests, F nodes that are expanded, V target vocabulary, C chains
@@ -27,22 +28,20 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.control.base import ControlStates
+from spectool.decode.drafters.vocabulary import check_vocabulary
 from spectool.decode.heads.acceptance import AcceptanceHead
+from spectool.decode.heads.judge import JudgeHead
 from spectool.decode.options import SamplingParams
-from spectool.decode.protocol import Drafter, Needs, Outcome
+from spectool.decode.protocol import Drafter, Features, Needs, Outcome
 from spectool.decode.request import Request, apply_controls
-from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
-from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row, take_top
 from spectool.decode.target.base import Target
+from spectool.decode.target.exits import open_draft
 from spectool.decode.tree import Draft, Kind
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import UsageError
 from spectool.options import option
-
-# Models of one family pad lm_head to different multiples. Without tokenizers to compare, a larger
-# difference than this means another vocabulary (the bound that llama.cpp uses).
-_PADDING = 128
 
 
 @dataclass(slots=True, eq=False)
@@ -110,7 +109,7 @@ class _Growth:
 class DraftModelDrafter(Drafter):
     """Drafter by a smaller model, whose KV cache follows the committed tokens.
 
-    `acceptance_head`, if one is set, ends chains by the threshold.
+    `acceptance_head`, if one is set, ends chains by the threshold; `set_judge` sets a judge head.
 
     Raises:
         UnsupportedError: the draft model's vocabulary is not the target's.
@@ -134,17 +133,36 @@ class DraftModelDrafter(Drafter):
         threshold: float = option(
             0.3, "probability of a rejection above which it ends a chain", minimum=0, maximum=1
         )
+        judge: Path | None = option(
+            None, "directory of a judge head, which accepts tokens that change no answer; lossy"
+        )
+        judge_threshold: float | None = option(
+            None,
+            "probability to change the answer below which it accepts; default: the head's",
+            minimum=0,
+            maximum=1,
+        )
+        exits: str | None = option(
+            None, "thresholds of its exits (.5/.5/0), or auto, those of `distill sorted`"
+        )
 
         def validate(self) -> None:
-            """Check that an acceptance head gets chains."""
-            if self.acceptance is not None and self.tree != "chain":
-                raise UsageError(f"acceptance: the head ends chains, not tree={self.tree}")
+            """Check that a head on the draft model, or exits, get chains."""
+            heads = [name for name in ("acceptance", "judge") if getattr(self, name) is not None]
+            if heads and self.exits is not None:
+                raise UsageError(f"{heads[0]}: the head takes a draft model without exits")
+            if self.tree != "chain" and (heads or self.exits is not None):
+                what = f"{heads[0]}: the head takes" if heads else "exits: a draft with exits takes"
+                raise UsageError(f"{what} chains, not tree={self.tree}")
+            if self.judge is None and self.judge_threshold is not None:
+                raise UsageError("judge_threshold is the threshold of a head: judge=DIR")
 
     name = "draft_model"
     needs = Needs()
     combines = can_be_cut = False
-    draft_model: AttentionTarget
+    draft_model: Target[Any]
     acceptance_head: AcceptanceHead | None = None
+    judge_head: JudgeHead | None = None
 
     def __init__(
         self,
@@ -156,15 +174,23 @@ class DraftModelDrafter(Drafter):
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or self.Config()
-        self.draft_model = AttentionTarget(model)
+        self.draft_model = open_draft(model, self.config.exits)
         self._vocab_size = target.vocab_size
-        _check_vocabulary(self.draft_model, target, tokenizer, target_tokenizer)
+        check_vocabulary(self.draft_model, target, tokenizer, target_tokenizer)
         self._device = target.device
         # The requests whose rows the cache has.
         self._requests: list[Request] = []
         self._cache = self.draft_model.cache(0)
         self._grown: list[_Growth] = []
         self._num_fed = 0
+        # The states of a chain's tokens, for the judge.
+        self._states_B1D: list[Tensor] = []
+
+    def set_judge(self, head: JudgeHead) -> None:
+        """Let a judge head accept tokens below its threshold, or below that of the options."""
+        self.judge_head, self.needs = head, Needs(final=True)
+        given = self.config.judge_threshold
+        self._judge_below = head.threshold if given is None else given
 
     def check_chains(self, target: str) -> None:
         if self.config.tree != "chain":
@@ -175,6 +201,8 @@ class DraftModelDrafter(Drafter):
             )
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        if self.judge_head is not None:
+            return ("judged",)
         if sampling.greedy:
             return ("deterministic",)
         return ("distinct",) if self.config.tree.startswith("rsd") else ("iid",)
@@ -200,6 +228,7 @@ class DraftModelDrafter(Drafter):
             )
         ]
         self._num_fed = 0
+        self._states_B1D = []
         deepest = max(growth.depth for growth in self._grown)
         logits_BFV = self._feed_committed(fresh)[:, None] if deepest else None
         if not self._requests:
@@ -214,7 +243,22 @@ class DraftModelDrafter(Drafter):
                 logits_BFV = self._feed_level()
             assert logits_BFV is not None
             self._expand(level, logits_BFV)
+        if self.judge_head is not None and self._num_fed < max(len(g.tokens) for g in self._grown):
+            # The judge reads the last tokens' states too.
+            self._feed_level()
         return [growth.draft(*self.kinds(growth.request.sampling)) for growth in self._grown]
+
+    @torch.inference_mode()
+    def judge(self, drafts: Sequence[Draft], features: Features) -> list[Tensor] | None:
+        """Return the nodes [N] that the judge head accepts; the root is one."""
+        if self.judge_head is None or not (self._grown and self._states_B1D):
+            return None
+        # Node n + 1 is the token whose state in the draft model is the n-th.
+        target_BND = features["final"][:, 1:]
+        draft_BND = torch.cat(self._states_B1D, 1)[:, : target_BND.shape[1]]
+        prob_BN = self.judge_head.probs(draft_BND, target_BND)
+        accept_BN = torch.nn.functional.pad(prob_BN < self._judge_below, (1, 0), value=True)
+        return [accept_N[: len(draft)] for draft, accept_N in zip(drafts, accept_BN, strict=True)]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Commit the accepted nodes to the draft's cache."""
@@ -225,12 +269,12 @@ class DraftModelDrafter(Drafter):
         for outcome, growth in zip(outcomes, self._grown, strict=True):
             nodes = {number: node for node, number in growth.number_nodes().items()}
             path = [nodes[number] for number in outcome.path[1:]]
-            # The deepest level was proposed but never fed.
+            # The deepest level was proposed but fed for a judge head only.
             paths.append([node for node in path if node < self._num_fed])
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
-    def _feed_committed(self, fresh: TreeCache) -> Tensor:
+    def _feed_committed(self, fresh: BatchCache) -> Tensor:
         """Feed committed tokens that the cache lacks, and the texts of new requests into `fresh`.
 
         Returns the logits [B, V] after each text. New texts pass apart from the others, which would
@@ -261,12 +305,13 @@ class DraftModelDrafter(Drafter):
             for growth in self._grown
         ]
         tokens = [growth.tokens for growth in self._grown]
-        wanted = Needs(final=self.acceptance_head is not None)
+        wanted = Needs(final=self.acceptance_head is not None or self.judge_head is not None)
         with self.draft_model.capture_features(wanted) as features:
             logits_BFV = self.draft_model.grow(self._cache, tokens, parents, fed=self._num_fed)
         self._num_fed = size
+        if self.judge_head is not None:
+            self._states_B1D.append(features["final"])
         if self.acceptance_head is not None:
-            # A level of a chain is one node.
             accepted_B = self.acceptance_head.probs(features["final"][:, 0]).tolist()
             for growth, accepted in zip(self._grown, accepted_B, strict=True):
                 growth.accepted *= accepted
@@ -338,13 +383,13 @@ class DraftModelDrafter(Drafter):
         ).to(probs_FV.device)
         logq_FV = probs_FV.double().log()
         if config.tree == "rsd-c":
-            return _take_top(logq_FV + noise_FV, self._num_branches(growth))
+            return take_top(logq_FV + noise_FV, self._num_branches(growth))
         return self._beam(growth, logq_FV, noise_FV)
 
     def _choose_greedily(self, growth: _Growth, scores_FV: Tensor) -> tuple[Tensor, Tensor]:
         """Choose like `_choose`, but the likeliest tokens."""
         if self.config.tree == "rsd-c":
-            return _take_top(scores_FV, self._num_branches(growth))
+            return take_top(scores_FV, self._num_branches(growth))
         if self.config.tree == "rsd-s":
             return self._beam(growth, scores_FV.double().log_softmax(-1), None)
         token_F = scores_FV.argmax(-1)
@@ -402,42 +447,3 @@ class DraftModelDrafter(Drafter):
         if any(token >= self.draft_model.vocab_size for token in request.tokens[held:]):
             return 0
         return max(0, min(self.config.depth, limit, context - len(request.tokens)))
-
-
-def _take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` best tokens of each node, without those of score -inf, and their nodes."""
-    best = scores_FV.topk(min(count, scores_FV.shape[1]))
-    real_FC = best.values > -torch.inf
-    return best.indices[real_FC], real_FC.nonzero()[:, 0]
-
-
-def _check_vocabulary(
-    draft: AttentionTarget,
-    target: Target[Any],
-    tokenizer: PreTrainedTokenizerBase | None,
-    target_tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Check that ids mean the same in both models; their lm_heads may be padded differently."""
-    if tokenizer is None or target_tokenizer is None:
-        if abs(draft.vocab_size - target.vocab_size) > _PADDING:
-            raise UnsupportedError(
-                f"the draft model has {draft.vocab_size} tokens, the target {target.vocab_size}: "
-                "a draft model must share the target's tokenizer"
-            )
-        return
-    draft_vocab, target_vocab = tokenizer.get_vocab(), target_tokenizer.get_vocab()
-    if draft_vocab != target_vocab:
-        differing = {token for token, _ in draft_vocab.items() ^ target_vocab.items()}
-        token = min(differing)
-        raise UnsupportedError(
-            f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
-            f"{token!r} has id {draft_vocab.get(token)} in it and {target_vocab.get(token)} in the "
-            "target's"
-        )
-    # Tokens may have been added to both tokenizers but to the target's embedding alone.
-    highest = min(max(draft_vocab.values()) + 1, target.num_tokens)
-    if draft.num_tokens < highest:
-        raise UnsupportedError(
-            f"the draft model has {draft.num_tokens} tokens, the target's texts have ids up to "
-            f"{highest - 1}"
-        )

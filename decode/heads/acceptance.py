@@ -40,15 +40,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.checkpoint.headers import HEADS_FILE
-from spectool.decode.heads.artifact import check_fit, lineage, read_record, read_weights
+from spectool.decode.heads.pair import load_pair_head, read_pair_record
 from spectool.decode.target.base import Target
-from spectool.errors import CheckpointError, UsageError
 from spectool.options import option
 
 METHOD = "acceptance"
@@ -115,33 +112,9 @@ def open_acceptance(
         CheckpointError: it is damaged, holds NaN, or was trained for another draft model or target.
         UsageError: the directory holds draft heads.
     """
-    record = read_record(path)
-    if record.method != METHOD:
-        raise UsageError(
-            f"{path}: holds {record.method} heads, no acceptance head", hint=f"--draft {path}"
-        )
-    check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
-    wanted: Any = record.target.get("draft_model")
-    wanted = wanted if isinstance(wanted, dict) else {}
-    if wanted.get("hidden_size") != draft.width:
-        raise CheckpointError(
-            f"{path}: its head is for a draft model of width {wanted.get('hidden_size')}, this one "
-            f"has {draft.width}"
-        )
-    checkpoint = draft.checkpoint
-    if (
-        not allow_other_target
-        and checkpoint is not None
-        and wanted.get("lineage") != lineage(checkpoint)
-    ):
-        raise CheckpointError(
-            f"{path}: its head was trained for another draft model than {checkpoint.path}",
-            hint="--allow-other-target uses it anyway; the output stays the target's",
-        )
-    tensors = read_weights(path, record, check=checksums)
+    record = read_pair_record(
+        path, METHOD, draft, target, tokenizer, allow_other_target=allow_other_target
+    )
     head = AcceptanceHead(AcceptanceHead.Config.from_dict(record.options), draft.width)
-    shapes = {name: tensor.shape for name, tensor in head.state_dict().items()}
-    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise CheckpointError(f"{path / HEADS_FILE}: its tensors are not those of its options")
-    head.load_state_dict(tensors)
-    return head.to(draft.device, torch.float32).eval()
+    load_pair_head(head, path, record, draft.device, checksums=checksums)
+    return head

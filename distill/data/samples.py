@@ -291,7 +291,7 @@ def _has_answer(row: Row) -> bool:
     return any(m["role"] == "assistant" and m["content"].strip() for m in row.messages[1:])
 
 
-def split(samples: Sequence[Sample], *, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+def split(samples: Sequence[Any], *, held_out: int, seed: int) -> tuple[list[int], list[int]]:
     """Split samples into indices to train on and at most `held_out` indices to evaluate on.
 
     At least one sample is held out, and at most a fifth.

@@ -48,6 +48,31 @@ class TextBatches:
     seq_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class LossBatch:
+    """Tokens [B, L] of a batch, which of them after the first are in the loss, and the teacher.
+
+    `total` counts the tokens in the loss, those of other processes too.
+    """
+
+    tokens_BL: Tensor
+    mask_BL: Tensor
+    total: int
+    teacher_RV: Tensor | None
+
+    def losses(self, logits_BLV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the means of -log p and, with a teacher, of the KL, of a model's logits."""
+        labels_BL = self.tokens_BL[:, 1:].masked_fill(~self.mask_BL, -100)
+        flat = logits_BLV.flatten(0, 1), labels_BL.flatten()
+        nats = F.cross_entropy(*flat, reduction="sum") / self.total
+        if self.teacher_RV is None:
+            return nats, None
+        # Models of one tokenizer may pad its vocabulary differently.
+        size = min(self.teacher_RV.shape[-1], logits_BLV.shape[-1])
+        logits_RV = logits_BLV[self.mask_BL][:, :size]
+        return nats, divergence(self.teacher_RV[:, :size], logits_RV) / self.total
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightTask:
     """What a training of weights, called `name` in reports, is given.
@@ -77,8 +102,9 @@ class WeightObjective(Objective):
 
     `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `takes_packed`:
     whether it trains packed checkpoints too. `new_model`: it trains a model of its own, which it
-    writes, and MODEL is its teacher. `generated_tokens`: how many tokens the model
-    generates at most before the training, for the plan. `draft`: the
+    writes, and MODEL is its teacher. `is_draft`: the result drafts for the source.
+    `logits_per_token`: how often a pass computes logits after each token. `generated_tokens`: how
+    many tokens the model generates at most before the training, for the plan. `draft`: the
     drafter that the training is for, if any; it is lossless against the new weights, whose text
     differs from the source's. `frozen_copies` of the model are kept beside it.
     """
@@ -88,6 +114,8 @@ class WeightObjective(Objective):
     needs_teacher: ClassVar[bool] = False
     takes_packed: ClassVar[bool] = False
     new_model: ClassVar[bool] = False
+    is_draft: ClassVar[bool] = False
+    logits_per_token = 1
     generated_tokens = 0
     draft: str | None = None
     frozen_copies = 0
@@ -97,6 +125,17 @@ class WeightObjective(Objective):
         self.weights, self.module = weights, weights.module
         self.batches = task.texts.group(task.texts.samples)
         self.recipe = make_recipe(len(self.batches))
+
+    @classmethod
+    def choose_student(
+        cls, source: Checkpoint, config: Any
+    ) -> tuple[Checkpoint, Checkpoint | None]:
+        """Return what is trained of the source, and the teacher where none is given, if any.
+
+        Raises:
+            InputError: the options do not fit the source.
+        """
+        return source, None
 
     def prepare(self, writer: ArtifactWriter | None, reporter: Reporter) -> None:
         """Make what the training needs besides texts, with the model as it is before training.
@@ -186,33 +225,33 @@ class WeightObjective(Objective):
             "best": history.best,
         }
         if writer is not None:
-            write_trained(writer, self.task.source, replaced, training)
+            write_trained(writer, self.result_source(history.best), replaced, training)
+
+    def result_source(self, best: Metrics) -> Checkpoint:
+        """Return the source to write again, with what these metrics add to its configuration."""
+        return self.task.source
 
     def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
         """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL.
 
         Of several processes each returns its part of the means.
         """
+        batch = self.make_batch(samples)
+        return batch.losses(read_logits(self.module, batch.tokens_BL))
+
+    def make_batch(self, samples: Sequence[Sample], *, with_teacher: bool = True) -> LossBatch:
+        """Return this process's part of some texts, with the teacher's logits if there is one."""
         total = max(1, sum(sum(sample.loss_mask[1:]) for sample in samples))
         part = self.task.processes.part(samples)
         tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(part or samples[:1]))
         if not part:
             # A process without a text takes part in the passes of the others.
             loss_mask_BL = torch.zeros_like(loss_mask_BL)
-        logits_BLV = read_logits(self.module, tokens_BL)
-        labels_BL = tokens_BL[:, 1:].masked_fill(~loss_mask_BL[:, 1:], -100)
-        flat = logits_BLV.flatten(0, 1), labels_BL.flatten()
-        nats = F.cross_entropy(*flat, reduction="sum") / total
-        if self.task.teacher is None:
-            return nats, None
-        with torch.no_grad():
-            teacher_BLV = read_logits(self.task.teacher, tokens_BL)
-        # Models of one tokenizer may pad its vocabulary differently.
-        size = min(teacher_BLV.shape[-1], logits_BLV.shape[-1])
-        teacher_RV, logits_RV = (
-            each[loss_mask_BL[:, 1:]][:, :size] for each in (teacher_BLV, logits_BLV)
-        )
-        return nats, divergence(teacher_RV, logits_RV) / total
+        teacher_RV = None
+        if self.task.teacher is not None and with_teacher:
+            with torch.no_grad():
+                teacher_RV = read_logits(self.task.teacher, tokens_BL)[loss_mask_BL[:, 1:]]
+        return LossBatch(tokens_BL, loss_mask_BL[:, 1:], total, teacher_RV)
 
 
 def divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:

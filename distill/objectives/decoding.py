@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.decode.generate import Runner
-from spectool.decode.result import loop_start
+from spectool.decode.result import Result, loop_start
 from spectool.distill.data.samples import pad
-from spectool.distill.data.trajectories import list_prompts
+from spectool.distill.data.trajectories import Prompt, list_prompts
 from spectool.distill.objectives.base import WeightObjective, WeightTask, read_logits
 from spectool.distill.weights import TrainedWeights
 from spectool.errors import TextError
@@ -19,7 +20,7 @@ from spectool.report import Reporter
 from spectool.training import Metrics
 
 # Largest number of tokens generated after each held-out prompt to measure decoding.
-_MEASURED_TOKENS = 64
+MEASURED_TOKENS = 64
 
 
 class DecodingObjective(WeightObjective):
@@ -38,7 +39,7 @@ class DecodingObjective(WeightObjective):
     def __init__(self, task: WeightTask, weights: TrainedWeights) -> None:
         super().__init__(task, weights)
         seq_len = task.texts.seq_len
-        self.measured = min(_MEASURED_TOKENS, seq_len // 2)
+        self.measured = min(MEASURED_TOKENS, seq_len // 2)
         held_out = [sample for batch in task.texts.held_out for sample in batch]
         self.prompts = list_prompts(held_out, longest=seq_len - self.measured)
         if held_out and not self.prompts:
@@ -80,25 +81,35 @@ class DecodingObjective(WeightObjective):
 
     def measure(self, draft: str, *, lossy: bool = False) -> float:
         """Return the tokens per forward of a drafter after the held-out prompts, up to loops."""
-        taken: list[list[int]] = [[] for _ in self.prompts]
         self.runner.use(draft)
-        results = self.runner.generate(
-            [prompt.tokens for prompt in self.prompts],
-            max_new_tokens=self.measured,
-            eos=[prompt.ends for prompt in self.prompts],
-            batch_size=8,
-            on_tokens=lambda index, tokens, text, drafted: taken[index].append(len(tokens)),
-            lossy=lossy,
-        )
-        tokens = forwards = 0
-        for result, counts in zip(results, taken, strict=True):
-            end, done = loop_start(result.token_ids), 0
-            for count in counts:
-                if done < end:
-                    done += count
-                    forwards += 1
-            tokens += done
-        return tokens / forwards
+        return tokens_per_forward(self.runner, self.prompts, self.measured, lossy=lossy)[0]
+
+
+def tokens_per_forward(
+    runner: Runner, prompts: Sequence[Prompt], most: int, *, lossy: bool = False
+) -> tuple[float, Sequence[Result]]:
+    """Return greedy tokens per forward of the runner's drafter after these prompts, up to loops.
+
+    Returns the whole texts too, of at most `most` tokens each.
+    """
+    taken: list[list[int]] = [[] for _ in prompts]
+    results = runner.generate(
+        [prompt.tokens for prompt in prompts],
+        max_new_tokens=most,
+        eos=[prompt.ends for prompt in prompts],
+        batch_size=8,
+        on_tokens=lambda index, tokens, text, drafted: taken[index].append(len(tokens)),
+        lossy=lossy,
+    )
+    tokens = forwards = 0
+    for result, counts in zip(results, taken, strict=True):
+        end, done = loop_start(result.token_ids), 0
+        for count in counts:
+            if done < end:
+                done += count
+                forwards += 1
+        tokens += done
+    return tokens / forwards, results
 
 
 def no_room(seq_len: int) -> TextError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -52,6 +53,27 @@ class Scripted(Drafter):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         self.outcomes += outcomes
+
+
+def with_exits(
+    model: PreTrainedModel, layers: Sequence[int], thresholds: Sequence[float]
+) -> PreTrainedModel:
+    """Copy a model and record exits after these layers in its configuration."""
+    copied = copy.deepcopy(model)
+    copied.config.exits = {"layers": list(layers), "thresholds": list(thresholds)}
+    return copied
+
+
+def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """Copy a model's first layers, with its final norm and lm_head."""
+    cut: Any = copy.deepcopy(model)
+    blocks = cut.transformer.h if hasattr(cut, "transformer") else cut.model.layers
+    del blocks[count:]
+    cut.config.num_hidden_layers = count
+    if getattr(cut.config, "layer_types", None):
+        cut.config.layer_types = cut.config.layer_types[:count]
+    made: PreTrainedModel = cut
+    return made
 
 
 def request_of(tokens: list[int], index: int = 0, **sampling: Any) -> Request:

@@ -24,7 +24,7 @@ from spectool.decode.request import Request
 from spectool.errors import NotFinite, SpectoolError, UsageError
 
 from ..conftest import tokenizer
-from .conftest import plain_text
+from .conftest import plain_text, with_exits
 from .drafters.bare import disturb
 
 Tiny = Callable[..., PreTrainedModel]
@@ -44,6 +44,7 @@ DRAFTERS = [
     "ngram+recycle",
     "chain",
     "rsd-s",
+    "exits",
     *(pytest.param(tree, marks=pytest.mark.slow) for tree in ("iid", "rsd-c")),
     "medusa",
     "hydra",
@@ -64,6 +65,10 @@ def open_runner(tiny: Tiny, endless: Any, name: str) -> Runner:
     if name in ("chain", "rsd-s", "iid", "rsd-c"):
         config = DraftModelDrafter.Config(tree=name, depth=3)
         runner.use(DraftModelDrafter(tiny("llama", 1), config, target=runner.target))
+    elif name == "exits":
+        config = DraftModelDrafter.Config(exits="auto", depth=3)
+        draft = with_exits(tiny("llama", 1), [1, 2], [0.04, 0])
+        runner.use(DraftModelDrafter(draft, config, target=runner.target))
     elif name in HEADS:
         torch.manual_seed(0)
         heads, drafter = HEADS[name]

@@ -29,6 +29,8 @@ from spectool.decode.sampling import Draws, StepRandom
 from spectool.decode.tree import Draft, Kind
 from spectool.decode.verify import Verdict
 
+from .conftest import with_exits
+
 VOCAB = 3
 LENGTH = 4
 PROMPT = [0, 1, 2, 0, 1]
@@ -128,9 +130,11 @@ PAIRS = {
     "rsd-c": DraftModelDrafter.Config(depth=2, tree="rsd-c", width=2),
     "rsd-s": DraftModelDrafter.Config(depth=3, tree="rsd-s", width=2),
     "rsd-s+token-match": DraftModelDrafter.Config(depth=3, tree="rsd-s", width=2),
+    # Their draft answers from its first, second or third layer.
+    "exits": DraftModelDrafter.Config(depth=3, exits="auto"),
 }
 # The most general pairs run every time, all of them with `-m slow`.
-FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s"]
+FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s", "exits"]
 
 
 def model_for(pair: str) -> PreTrainedModel:
@@ -142,7 +146,8 @@ def runner_for(pair: str) -> Runner:
     how = PAIRS[pair]
     runner = Runner(model_for(pair))
     if isinstance(how, DraftModelDrafter.Config):
-        runner.use(DraftModelDrafter(toy(1), how, target=runner.target))
+        draft = with_exits(toy(1, 3), [1, 2, 3], [0.6, 0.7, 0]) if how.exits else toy(1)
+        runner.use(DraftModelDrafter(draft, how, target=runner.target))
     else:
         runner.use(how)
     return runner

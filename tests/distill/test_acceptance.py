@@ -300,7 +300,7 @@ def test_the_command_and_what_its_result_is_for(
     assert drafted["results"][0]["token_ids"] == plain["results"][0]["token_ids"]
     assert drafted["lossless"] and drafted["drafter"] == "draft_model"
     for wrong, message in (
-        (f"{draft}:acceptance={out},tree=iid", "the head ends chains, not tree=iid"),
+        (f"{draft}:acceptance={out},tree=iid", "the head takes chains, not tree=iid"),
         (f"{draft}:acceptance={tmp_path}", "no draft heads"),
         (f"{source}:acceptance={out}", "was trained for another draft model than"),
         (f"{out}", "its acceptance head drafts nothing itself"),

@@ -60,9 +60,10 @@ def train(
     own: dict[str, Any] | None = None,
     **asked: Any,
 ) -> Any:
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "lora": {"rank": 4},
         "consistency": {"block": 4, "new_tokens": 16, "prompts": 28},
+        "sorted": {"exits": "1"},
         "cross": {"width": 32, "encoder_layers": 1, "decoder_layers": 1},
         "lexical-units": {"alpha": 0.0},
     }

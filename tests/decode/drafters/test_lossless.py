@@ -13,7 +13,7 @@ from spectool import methods
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
 
-from ..conftest import plain_text
+from ..conftest import plain_text, with_exits
 
 Tiny = Callable[..., PreTrainedModel]
 FAMILIES = ["llama", "gemma3", "qwen3", "gpt2", "opt", "gpt_neox", "mixtral"]
@@ -34,11 +34,12 @@ SPECS = {
     "iid": DraftModelDrafter.Config(tree="iid"),
     "rsd-c": DraftModelDrafter.Config(tree="rsd-c", width=2, depth=3),
     "rsd-s": DraftModelDrafter.Config(tree="rsd-s"),
+    "exits": DraftModelDrafter.Config(exits="auto"),
 }
 
 
 # One drafter of each kind: lookup, heads, skip, a chain, a tree; the others run as slow tests.
-ONE_OF_A_KIND = ["ngram", "jacobi", "skip", "chain", "rsd-s"]
+ONE_OF_A_KIND = ["ngram", "jacobi", "skip", "chain", "rsd-s", "exits"]
 JOINED = ["jacobi joined", "combined", "tuned", "jacobi tuned"]
 MOST_SLOW = [
     pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in SPECS
@@ -55,6 +56,7 @@ def test_all_drafters_are_here() -> None:
 def open_on(model: PreTrainedModel, name: str, draft: PreTrainedModel, kv: str = "dense") -> Runner:
     how, runner = SPECS[name], Runner(model, kv=kv)
     if isinstance(how, DraftModelDrafter.Config):
+        draft = with_exits(draft, [1, 2], [0.04, 0]) if how.exits else draft
         runner.use(DraftModelDrafter(draft, how, target=runner.target))
     else:
         runner.use(how)
