@@ -277,7 +277,9 @@ def _spectool(training: dict[str, Any]) -> list[str]:
 @_if_complete
 def distill_command(record: dict[str, Any]) -> list[str]:
     """Return the command that trains the weights again, from the same source and data."""
-    training = {**record, "data": ("DATA",), "teacher": record["teacher"] and "TEACHER"}
+    # A stored teacher's file has the texts too.
+    data = ("DATA",) if record.get("stored_top_k") is None else ()
+    training = {**record, "data": data, "teacher": record["teacher"] and "TEACHER"}
     given = [
         PlaceOptions(model="MODEL", **_recorded(PlaceOptions, training)),
         WriteOptions(out=Path("OUT")),

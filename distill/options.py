@@ -92,6 +92,7 @@ class HeadsOptions(DataOptions):
 
     def validate(self) -> None:
         """Check what involves more than one option; `regenerate_url` implies `regenerate`."""
+        _check_data(self)
         _check_length(self)
         if self.regenerate_url is not None:
             parts = urllib.parse.urlsplit(self.regenerate_url)
@@ -142,6 +143,7 @@ class AcceptanceOptions(CorpusOptions):
 
     def validate(self) -> None:
         """Check what involves more than one option."""
+        _check_data(self)
         _check_length(self)
 
 
@@ -184,15 +186,15 @@ class WeightsOptions(CorpusOptions):
     """Options of a training of weights that every objective has, apart from where it runs.
 
     Raises:
-        UsageError: no data, or options that exclude each other.
+        UsageError: options that exclude each other.
     """
 
     PANEL: ClassVar = "Training"
 
     teacher: str | None = option(
         None,
-        "Checkpoint whose probabilities to learn in place of the text's tokens; it has the "
-        "tokenizer of MODEL",
+        "Checkpoint whose probabilities to learn in place of the text's tokens, or a file of them "
+        "with their text, of eval --save-reference; of MODEL's tokenizer",
     )
     steps: int | None = option(None, "Optimizer steps", minimum=1)
     epochs: int = option(1, "Passes over the training text, instead of --steps", minimum=1)
@@ -210,13 +212,13 @@ class WeightsOptions(CorpusOptions):
         _check_length(self)
 
 
-def _check_length(options: HeadsOptions | AcceptanceOptions | WeightsOptions) -> None:
-    """Check that there is text, and one length of the training.
-
-    Raises:
-        UsageError: there is none, or there are two.
-    """
+def _check_data(options: HeadsOptions | AcceptanceOptions) -> None:
+    """Raise UsageError if there is no text."""
     if not options.data:
         raise UsageError("no data", hint="--data FILE, with text like that to be generated")
+
+
+def _check_length(options: HeadsOptions | AcceptanceOptions | WeightsOptions) -> None:
+    """Raise UsageError if two options tell the length of a training."""
     if options.steps is not None and options.epochs != 1:
         raise UsageError("--steps and --epochs exclude each other")

@@ -32,7 +32,8 @@ from spectool.distill.objectives.base import (
 )
 from spectool.distill.options import WeightsOptions
 from spectool.distill.processes import ALONE, Processes
-from spectool.errors import CheckpointError, UnsupportedError, UsageError
+from spectool.distill.stored_teacher import StoredTeacher
+from spectool.errors import CheckpointError, TextError, UnsupportedError, UsageError
 from spectool.machine import available_memory, reproducible, software_versions
 from spectool.methods import import_method
 from spectool.model.architecture import Architecture
@@ -180,12 +181,19 @@ def _prepare(
     if job.teacher is not None and not kind.takes_teacher:
         raise UsageError(f"--teacher: {job.method} learns from the model itself")
     student, teacher = kind.choose_student(checkpoint, job.config)
-    architecture = Architecture(student)
-    if job.teacher is not None:
+    architecture, stored = Architecture(student), None
+    if job.teacher is not None and Path(job.teacher).is_file():
+        if not kind.takes_stored:
+            raise UsageError(f"--teacher {job.teacher}: {job.method} needs the model itself")
+        stored = StoredTeacher(Path(job.teacher), checkpoint, _vocabulary(architecture))
+    elif job.teacher is not None:
         teacher = _open_teacher(job.teacher, checkpoint)
     contexts = [each.layout.context for each in (checkpoint, teacher) if each is not None]
     seq_len = min(job.seq_len, *(context or job.seq_len for context in contexts))
-    texts = _read_texts(checkpoint, architecture, job, seq_len, reporter)
+    samples = _read_samples(checkpoint, job, stored, seq_len, reporter)
+    texts = _group_texts(samples, job, seq_len)
+    for sample in samples:
+        check_ids(sample.tokens, _vocabulary(architecture), f"{checkpoint.name}: its tokenizer")
     task = WeightTask(
         name=job.method,
         # The weights come after the plan.
@@ -193,11 +201,12 @@ def _prepare(
         source=student,
         architecture=architecture,
         texts=texts,
+        stored=stored,
         learning_rate=job.learning_rate,
         device=device,
         optimizer=job.optimizer,
         seed=job.seed,
-        record=_make_identity(checkpoint, job, texts, teacher, device, processes),
+        record=_make_identity(checkpoint, job, texts, teacher or stored, device, processes),
         processes=processes,
     )
     plan = _make_plan(job, task, teacher)
@@ -240,18 +249,32 @@ def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
     return teacher
 
 
-def _read_texts(
+def _read_samples(
     checkpoint: Checkpoint,
-    architecture: Architecture,
     job: WeightsJob,
+    stored: StoredTeacher | None,
     seq_len: int,
     reporter: Reporter,
-) -> TextBatches:
-    """Read the training and held-out texts, of at most `seq_len` tokens."""
-    samples = read_corpus(job, load_tokenizer(checkpoint), seq_len, reporter)
-    table: Any = architecture.model.get_input_embeddings()
-    for sample in samples:
-        check_ids(sample.tokens, table.num_embeddings, f"{checkpoint.name}: its tokenizer")
+) -> list[Sample]:
+    """Read the texts, of at most `seq_len` tokens, from the data or a stored teacher.
+
+    Raises:
+        InputError: there are none, or both, or they cannot be read.
+    """
+    if stored is None:
+        if not job.data:
+            raise UsageError("no data", hint="--data FILE, with text like that to be generated")
+        return read_corpus(job, load_tokenizer(checkpoint), seq_len, reporter)
+    if job.data or job.field:
+        raise UsageError(f"--teacher {stored.path}: contains the texts; leave --data out")
+    samples = stored.samples(seq_len)
+    if len(samples) < 2:
+        raise TextError(f"{stored.path}: has one text, and at least 2 are needed")
+    return samples
+
+
+def _group_texts(samples: Sequence[Sample], job: WeightsJob, seq_len: int) -> TextBatches:
+    """Split the texts into those of the steps and held-out ones."""
     train_indices, held_out_indices = split(samples, held_out=job.held_out, seed=job.seed)
     train_samples = [samples[i] for i in train_indices]
     held_out = by_length(samples, held_out_indices, job.batch_tokens)
@@ -264,6 +287,11 @@ def _read_texts(
     )
     held_out_batches = [[samples[i] for i in batch] for batch in held_out]
     return TextBatches(train_samples, group, held_out_batches, seq_len)
+
+
+def _vocabulary(architecture: Architecture) -> int:
+    table: Any = architecture.model.get_input_embeddings()
+    return int(table.num_embeddings)
 
 
 def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) -> WeightsPlan:
@@ -280,7 +308,6 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     changed = objective.weights.changed()
     if not objective.new_model:
         check_writable(architecture, changed)
-    table: Any = architecture.model.get_input_embeddings()
     changed_weights = sum(tensor.numel() for tensor in changed.values())
     layout = task.source.layout
     models = _packed_bytes(layout) if layout.is_packed else 4 * parameters
@@ -301,8 +328,8 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         # Models are whole until the training begins.
         held = max(held // task.processes.size, models)
     # Logits with their gradient and log probabilities.
-    copies = 6 if teacher is not None or objective.frozen_copies else 3
-    logits = 4 * copies * table.num_embeddings * job.batch_tokens * objective.logits_per_token
+    copies = 6 if teacher is not None or task.stored is not None or objective.frozen_copies else 3
+    logits = 4 * copies * _vocabulary(architecture) * job.batch_tokens * objective.logits_per_token
     needed = held + activation_bytes(architecture, job.batch_tokens) + logits
     if task.device.type == "cpu":
         needed *= task.processes.local_size
@@ -353,7 +380,7 @@ def _make_identity(
     checkpoint: Checkpoint,
     job: WeightsJob,
     texts: TextBatches,
-    teacher: Checkpoint | None,
+    teacher: Checkpoint | StoredTeacher | None,
     device: torch.device,
     processes: Processes,
 ) -> dict[str, Any]:
@@ -366,6 +393,8 @@ def _make_identity(
         "options": {k: v for k, v in job.config.as_dict().items() if k not in paths},
         **{key: value for key, value in job.as_dict().items() if key not in left_out},
         "teacher": None if teacher is None else teacher.fingerprint(),
+        # Tokens kept of each position of a stored teacher; 0: all.
+        "stored_top_k": teacher.top_k if isinstance(teacher, StoredTeacher) else None,
         "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "device": device.type,

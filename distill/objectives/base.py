@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.checkpoint.trained import write_trained
+from spectool.data.stored_log_probs import sum_kept_kl
 from spectool.distill.data.samples import HasTokens, Sample, pad
 from spectool.distill.objective import Objective, seeded
 from spectool.distill.processes import ALONE, Processes, whole
+from spectool.distill.stored_teacher import StoredTeacher
 from spectool.distill.weights import TrainedWeights
 from spectool.errors import UnsupportedError
 from spectool.model.architecture import Architecture
@@ -52,13 +54,15 @@ class TextBatches:
 class LossBatch:
     """Tokens [B, L] of a batch, which of them after the first are in the loss, and the teacher.
 
-    `total` counts the tokens in the loss, those of other processes too.
+    `total` counts the tokens in the loss, those of other processes too. `teacher_RV` are logits or
+    log-probabilities; `kept_RV` the tokens that they belong to, if some are left out.
     """
 
     tokens_BL: Tensor
     mask_BL: Tensor
     total: int
     teacher_RV: Tensor | None
+    kept_RV: Tensor | None = None
 
     def losses(self, logits_BLV: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the means of -log p and, with a teacher, of the KL, of a model's logits."""
@@ -67,6 +71,9 @@ class LossBatch:
         nats = F.cross_entropy(*flat, reduction="sum") / self.total
         if self.teacher_RV is None:
             return nats, None
+        if self.kept_RV is not None:
+            logp_RV = logits_BLV[self.mask_BL].log_softmax(-1).gather(-1, self.kept_RV)
+            return nats, (sum_kept_kl(self.teacher_RV, logp_RV) / self.total).float()
         # Models of one tokenizer may pad its vocabulary differently.
         size = min(self.teacher_RV.shape[-1], logits_BLV.shape[-1])
         logits_RV = logits_BLV[self.mask_BL][:, :size]
@@ -80,7 +87,7 @@ class WeightTask:
     `model` is trained, in float32. `source`, of `architecture`, is the checkpoint whose files are
     written again with the changed weights. `learning_rate` None: the objective's default. `record`
     is stored with the result. `optimizer` is one of `training.OPTIMIZERS`. All `processes` are
-    given the same.
+    given the same. The teacher, if there is one, is a model or `stored`.
     """
 
     name: str
@@ -89,6 +96,7 @@ class WeightTask:
     architecture: Architecture
     texts: TextBatches
     teacher: PreTrainedModel | None = None
+    stored: StoredTeacher | None = None
     learning_rate: float | None = None
     device: torch.device
     seed: int
@@ -96,22 +104,29 @@ class WeightTask:
     optimizer: str = "adamw"
     processes: Processes = ALONE
 
+    @property
+    def has_teacher(self) -> bool:
+        """Return whether the model learns a teacher's probabilities."""
+        return self.teacher is not None or self.stored is not None
+
 
 class WeightObjective(Objective):
     """Objective that changes weights. A method's constructor takes the task and its `Config`.
 
-    `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `takes_packed`:
-    whether it trains packed checkpoints too. `new_model`: it trains a model of its own, which it
-    writes, and MODEL is its teacher. `is_draft`: the result drafts for the source.
-    `logits_per_token`: how often a pass computes logits after each token. `generated_tokens`: how
-    many tokens the model generates at most before the training, for the plan. `draft`: the
-    drafter that the training is for, if any; it is lossless against the new weights, whose text
-    differs from the source's. `frozen_copies` of the model are kept beside it.
+    `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `takes_stored`:
+    whether the teacher may be a file of its probabilities. `takes_packed`: whether it trains packed
+    checkpoints too. `new_model`: it trains a model of its own, which it writes, and MODEL is its
+    teacher. `is_draft`: the result drafts for the source. `logits_per_token`: how often a pass
+    computes logits after each token. `generated_tokens`: how many tokens the model generates at
+    most before the training, for the plan. `draft`: the drafter that the training is for, if any;
+    it is lossless against the new weights, whose text differs from the source's. `frozen_copies` of
+    the model are kept beside it.
     """
 
     learning_rate: float
     takes_teacher: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    takes_stored: ClassVar[bool] = True
     takes_packed: ClassVar[bool] = False
     new_model: ClassVar[bool] = False
     is_draft: ClassVar[bool] = False
@@ -240,18 +255,24 @@ class WeightObjective(Objective):
         return batch.losses(read_logits(self.module, batch.tokens_BL))
 
     def make_batch(self, samples: Sequence[Sample], *, with_teacher: bool = True) -> LossBatch:
-        """Return this process's part of some texts, with the teacher's logits if there is one."""
+        """Return this process's part of some texts, with the teacher's logits if there is one.
+
+        Raises:
+            CheckpointError: a stored teacher's file is damaged.
+        """
         total = max(1, sum(sum(sample.loss_mask[1:]) for sample in samples))
         part = self.task.processes.part(samples)
         tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(part or samples[:1]))
         if not part:
             # A process without a text takes part in the passes of the others.
             loss_mask_BL = torch.zeros_like(loss_mask_BL)
-        teacher_RV = None
-        if self.task.teacher is not None and with_teacher:
+        mask_BL, teacher_RV, kept_RV = loss_mask_BL[:, 1:], None, None
+        if self.task.stored is not None and with_teacher:
+            teacher_RV, kept_RV = self.task.stored.read(part or samples[:1], mask_BL)
+        elif self.task.teacher is not None and with_teacher:
             with torch.no_grad():
-                teacher_RV = read_logits(self.task.teacher, tokens_BL)[loss_mask_BL[:, 1:]]
-        return LossBatch(tokens_BL, loss_mask_BL[:, 1:], total, teacher_RV)
+                teacher_RV = read_logits(self.task.teacher, tokens_BL)[mask_BL]
+        return LossBatch(tokens_BL, mask_BL, total, teacher_RV, kept_RV)
 
 
 def divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:

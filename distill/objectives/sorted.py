@@ -87,6 +87,8 @@ class Sorted(WeightObjective):
 
     learning_rate = 1e-3
     is_draft = True
+    # Held-out drafts are verified by the teacher.
+    takes_stored = False
 
     @classmethod
     def choose_student(cls, source: Checkpoint, config: Any) -> tuple[Checkpoint, Checkpoint]:

@@ -114,8 +114,7 @@ def resident(key):
 
 def run(weight_nm):
     fields = RTN(config).pack(weight_nm, None, torch.Generator())
-    spec = {name: (t.dtype, tuple(t.shape)) for name, t in fields.items()}
-    module = RTN.build(spec, tuple(weight_nm.shape), config)
+    module = RTN(config).build(tuple(weight_nm.shape))
     module.q.load_state_dict(fields)
     relative_error(weight_nm, module)
 
