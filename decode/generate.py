@@ -129,7 +129,10 @@ class Runner:
             checksums=self.checksums,
         )
         tune = self.tune if spec.tune is None else spec.tune
-        drafter.policies = self._choose_policies(drafter, tune=tune and drafter.name != "none")
+        # Text that holds tokens which the verifier would reject would depend on time.
+        lossy = {"forced", "judged"} & set(drafter.kinds(SamplingParams()))
+        fixed = drafter.name == "none" or bool(lossy)
+        drafter.policies = self._choose_policies(drafter, tune=tune and not fixed)
         return drafter
 
     def _choose_policies(self, drafter: Drafter, *, tune: bool) -> list[Policy]:

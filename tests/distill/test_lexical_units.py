@@ -248,7 +248,7 @@ def test_guesses_come_true_and_the_text_is_that_of_plain_decoding(
         runner.use(given)
         drafted = runner.generate(prompts, max_new_tokens=40, batch_size=3)
         assert [r.token_ids for r in plain] == [r.token_ids for r in drafted]
-        assert sum(r.forwards for r in drafted) < 0.8 * sum(r.forwards for r in plain)
+        assert sum(r.forwards for r in drafted) < 0.9 * sum(r.forwards for r in plain)
     # Any tool reads the checkpoint.
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = torch.tensor([runner.target.model.config.bos_token_id or 1, 5, 6])[None]

@@ -155,6 +155,14 @@ def test_sampled_text_takes_guesses_too(
     assert (result.accepted, result.forwards) == (30, 12) and not result.lossless
 
 
+@pytest.mark.parametrize("draft", ["units:longest=4,placeholder=7,beta=0.5", "jacobi:cap=2"])
+def test_what_is_taken_untested_does_not_depend_on_time(tiny: Tiny, draft: str) -> None:
+    runner = Runner(tiny("llama"), draft=draft, tune=True)
+    assert runner.drafter.policies == []
+    runner.use(f"{draft},tune")
+    assert not runner.is_tuned
+
+
 def test_what_is_refused(tiny: Tiny, prompt_of: Callable[..., list[int]]) -> None:
     runner = Runner(tiny("llama"))
     with pytest.raises(UsageError, match="was not trained by distill lexical-units"):
