@@ -7,16 +7,18 @@ layers train with exits after 1, 2 and 4 of them, on the model's own probabiliti
 tokens of the text (ce), on text of the kinds that the checkpoint was trained on. The same layers
 untrained are the baseline. Held-out figures of each exit are those of the training. Then each draft
 decodes held-out prompts of code, stories, prose and arithmetic, cut where plain greedy text begins
-to repeat itself: with each exit alone, with the calibrated thresholds, and with the paper's. Output
-must equal plain decoding. Costs are counted, not timed: a forward of the target is 1, and passes of
-the draft's layers are their share of the target's layers (`layers`), or of the weights of layers
-and lm_head, which every exit that is asked reads (`weights`). Intervals are by resampling the
-prompts (2.5 to 97.5 %); rule and best single exit are paired by prompt.
+to repeat itself: with each exit alone, with the calibrated thresholds, with the paper's, and with
+others. Output must equal plain decoding. Costs are counted, not timed: a forward of the target is
+1, and passes of the draft's layers are their share of the target's layers (`layers`), or of the
+weights of layers and lm_head, which every exit that is asked reads (`weights`). Intervals are by
+resampling the prompts (2.5 to 97.5 %); rules and the best single exit are paired by prompt.
+Trainings that DIR has already are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,9 +40,19 @@ from spectool.machine import describe
 from spectool.model.loading import load_model
 
 EXITS = "1,2,4"
-RULES = {"1": "0/0/0", "2": "1/0/0", "4": "1/1/0", "calibrated": "auto", "paper's": ".5/.5/0"}
+RULES = {
+    "1": "0/0/0",
+    "2": "1/0/0",
+    "4": "1/1/0",
+    "calibrated": "auto",
+    "paper's": ".5/.5/0",
+    "0.8": ".8/.8/0",
+    "0.2, else 2": ".2/0/0",
+    "0.1, else 2": ".1/0/0",
+}
 SINGLE = ("1", "2", "4")
-DEPTHS = (2, 4, 8)
+# The first one for every draft, the others for the first.
+DEPTHS = (4, 2, 8)
 TRAINING = ("--seq-len", 256, "--held-out", 24, "--exits", EXITS)
 
 
@@ -82,46 +94,65 @@ def main() -> None:
     }
     for loss in given.loss:
         report[loss] = {
-            "training": spectool(
-                "distill", "sorted", model, out / loss, "--data", texts["train"], *TRAINING,
-                "--loss", loss, "--steps", given.steps, "--batch-tokens", given.batch_tokens,
-                "--learning-rate", given.learning_rate, "--metrics", out / f"{loss}.jsonl",
-                "--overwrite",
-            )
-        }  # fmt: skip
-        report[loss]["training"]["out"] = loss
+            "training": train(given, model, texts["train"], loss),
+            "curve": read_curve(out / f"{loss}.jsonl"),
+        }
         record.write(RESULTS / f"{given.name}.json", report)
-    runner, _, categories, jobs, plain = open_prompts(model, out)
+    runner, _, _, jobs, plain = open_prompts(model, out)
     report["prompts"], report["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
     cut, _ = Sorted.choose_student(open_checkpoint(model), Sorted.Config(exits=EXITS))
     report["untrained"] = {}
-    for name in ("untrained", *given.loss):
+    for name in (*given.loss, "untrained"):
         checkpoint = cut if name == "untrained" else open_checkpoint(out / name)
         draft = load_model(checkpoint, dtype=torch.float32)
-        for depth in DEPTHS if name != "untrained" else (4,):
-            report[name][f"depth {depth}"] = compare(runner, draft, depth, jobs, plain, categories)
+        rules = SINGLE if name == "untrained" else tuple(RULES)
+        for depth in DEPTHS if name == given.loss[0] else DEPTHS[:1]:
+            report[name][f"depth {depth}"] = compare(runner, draft, (depth, rules), jobs, plain)
             print(name, depth, report[name][f"depth {depth}"], flush=True)
             record.write(RESULTS / f"{given.name}.json", report)
 
 
+def train(given: Any, model: Path, text: Path, loss: str) -> dict[str, Any]:
+    """Train a draft, unless the folder has it already; return what the command printed."""
+    path = given.out / f"{loss}.json"
+    if not path.exists():
+        printed = spectool(
+            "distill", "sorted", model, given.out / loss, "--data", text, *TRAINING, "--loss", loss,
+            "--steps", given.steps, "--batch-tokens", given.batch_tokens,
+            "--learning-rate", given.learning_rate, "--metrics", given.out / f"{loss}.jsonl",
+        )  # fmt: skip
+        path.write_text(json.dumps({**printed, "out": loss}), encoding="utf-8")
+    trained: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return trained
+
+
+def read_curve(metrics: Path) -> list[dict[str, Any]]:
+    """Read the held-out metrics of a training, a line an evaluation."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()[1:]]
+    return [{"step": line["step"], **line["held_out"]} for line in lines if "held_out" in line]
+
+
 def compare(
-    runner: Runner, draft: Any, depth: int, jobs: Any, plain: Sequence[Result], kinds: Sequence[str]
+    runner: Runner, draft: Any, how: tuple[int, Sequence[str]], jobs: Any, plain: Sequence[Result]
 ) -> dict[str, Any]:
-    """Decode the prompts with each exit alone and with rules; return figures by rule."""
+    """Decode the prompts with chains of a depth and each of some rules; return figures by rule."""
+    depth, rules = how
     figures: dict[str, Any] = {}
     decoded: dict[str, list[Text]] = {}
-    for name, thresholds in RULES.items():
-        config = DraftModelDrafter.Config(exits=thresholds, depth=depth)
+    for name in rules:
+        config = DraftModelDrafter.Config(exits=RULES[name], depth=depth)
         decoded[name], same = decode(runner, draft, config, jobs, plain)
         figures[name] = {"identical": same, "of": len(jobs), **describe_texts(decoded[name])}
         if name == "calibrated":
             figures[name]["exits"] = draft.config.exits
     for unit, costs in count_costs(runner, draft).items():
-        best = max(SINGLE, key=lambda name: rate(decoded[name], costs))
+        best = max(
+            (name for name in SINGLE if name in rules), key=lambda name: rate(decoded[name], costs)
+        )
         chosen: dict[str, Any] = {"best single exit": best}
         for name, texts in decoded.items():
             chosen[name] = interval(texts, lambda some, costs=costs: rate(some, costs))
-        for rule in ("calibrated", "paper's"):
+        for rule in [name for name in rules if name not in SINGLE]:
             pairs = list(zip(decoded[rule], decoded[best], strict=True))
             chosen[f"{rule} / best single"] = interval(
                 pairs,
@@ -130,14 +161,6 @@ def compare(
                 ),
             )
         figures[f"tokens per cost, {unit}"] = chosen
-    figures["by kind"] = {
-        kind: {
-            name: sum(t.tokens for t, k in zip(texts, kinds, strict=True) if k == kind)
-            / sum(t.forwards for t, k in zip(texts, kinds, strict=True) if k == kind)
-            for name, texts in decoded.items()
-        }
-        for kind in dict.fromkeys(kinds)
-    }
     return figures
 
 

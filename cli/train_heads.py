@@ -302,7 +302,8 @@ def _finish_judge(output: Output, out: Path, job: JudgeJob, report: JudgeReport)
 def judge_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield tables of thresholds and of decoded held-out prompts, accuracy first."""
     yield "  important caught  unimportant accepted  threshold"
-    for row in found["curve"]:
+    # Several shares to catch may have one threshold.
+    for row in {each["threshold"]: each for each in found["curve"]}.values():
         mark = "  <- used" if row["threshold"] == found["threshold"] else ""
         yield (f"  {row['recall']:>16.1%} {row['accepted']:>21.1%} {row['threshold']:>10.4f}{mark}")
     yield "  decoding  accuracy  accepted of a chain  tokens per forward"

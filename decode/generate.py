@@ -129,8 +129,9 @@ class Runner:
             checksums=self.checksums,
         )
         tune = self.tune if spec.tune is None else spec.tune
-        # Text that holds tokens accepted untested would depend on time.
-        fixed = drafter.name == "none" or "forced" in drafter.kinds(SamplingParams())
+        # Text that holds tokens which the verifier would reject would depend on time.
+        lossy = {"forced", "judged"} & set(drafter.kinds(SamplingParams()))
+        fixed = drafter.name == "none" or bool(lossy)
         drafter.policies = self._choose_policies(drafter, tune=tune and not fixed)
         return drafter
 

@@ -13,7 +13,7 @@ from spectool.model.packed import PackedExperts, PackedLinear
 class KernelLinear(nn.Linear):
     """Linear layer that computes with a kernel where kernels are in force."""
 
-    product: registry.Product | None
+    product: registry.Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, product = self.weight, self.product

@@ -6,10 +6,11 @@ causal model.
 
 While the output is the beginning of the source, it stands right after that. Else it stands after
 the place of the source that the longest end of the output equals; of several such places, after
-the one that is nearest ahead of where it stood before. Where an n-gram of the release's rule (the
-shortest that ends the output and occurs once, n up to 3) is found, this is its place, since a
-longer match ends there too. An output whose last token is not in the source gets no draft. The
-release drafts from any place to the source's end; here the policies cut that to what pays.
+the one nearest to where it would stand had it copied token for token since. Where an n-gram of the
+release's rule (the shortest that ends the output and occurs once, n up to 3) is found, this is its
+place, since a longer match ends there too. An output whose last token is not in the source gets no
+draft. The release drafts from any place to the source's end; here the policies cut that to what
+pays.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ _LONGEST = 32
 class _Source:
     """A request's source, the places `ends` right after each of its tokens, and the output's place.
 
-    `place` is the index of the token to copy next, as it was last known; `matched` tokens before it
-    equal the end of the output. `read` tokens of the output are the source's first ones; None once
-    it differs.
+    `place` is the index of the token to copy next, as it was last known, after `length` tokens of
+    the output, of which the last `matched` equal those before it. `read` tokens of the output are
+    the source's first ones; None once it differs.
     """
 
     tokens: list[int]
     ends: dict[int, list[int]] = field(default_factory=dict)
     place: int = 0
+    length: int = 0
     matched: int = 0
     read: int | None = 0
 
@@ -51,19 +53,19 @@ class _Source:
     def find(self, output: list[int]) -> int | None:
         """Find where the output stands in the source; None if its last token is not there."""
         if self.read is not None and self.tokens[self.read : len(output)] == output[self.read :]:
-            self.place = self.matched = self.read = len(output)
+            self.place = self.length = self.matched = self.read = len(output)
             return self.place
         self.read = None
+        expected = self.place + len(output) - self.length
         best: tuple[int, int] | None = None
         for end in self.ends.get(output[-1], ()):
             length = self._match(output, end)
-            # Places behind come after all places ahead.
-            distance = end - self.place if end >= self.place else len(self.tokens) + self.place
+            distance = abs(end - expected)
             if best is None or (length, -distance) > best:
                 best, place = (length, -distance), end
         if best is None:
             return None
-        self.place, self.matched = place, best[0]
+        self.place, self.length, self.matched = place, len(output), best[0]
         return place
 
     def _match(self, output: list[int], end: int) -> int:

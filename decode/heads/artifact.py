@@ -252,7 +252,7 @@ def check_fit(
         raise CheckpointError(
             f"{path}: its heads were trained for another checkpoint than {checkpoint.path} or "
             "the one it was made from",
-            hint="--allow-other-target uses them anyway; the output stays the target's",
+            hint="--allow-other-target uses them anyway",
         )
 
 

@@ -6,9 +6,9 @@ balanced:
     min over w, b of  |w|^2 / 2 + C sum_r c_r log(1 + exp(-y_r (w x_r + b))),  c_r = R / (2 R_class)
 
 for y_r = 1 if token r is important, else -1. C is the value of a grid whose head ranks the tokens
-of the held-out prompts best (area under the ROC curve), the smaller one of equals. The threshold is
-the largest one that catches the share `recall` of the important tokens there. No prompt is on both
-sides.
+of the held-out prompts best (area under the ROC curve), by their loss among equals. The threshold
+catches the share `recall` of the important tokens there, or more if that costs no unimportant one.
+No prompt is on both sides.
 
 Source: Garipov et al., AutoJudge, 2025 (arXiv:2504.20039), section 3. Shapes: R substitutions, D
 width of both models' states together.
@@ -52,21 +52,23 @@ def fit_head(
     train_RD, train_R = _join(training, "training")
     held_RD, held_R = _join(held_out, "held-out")
     began = time.monotonic()
-    best: tuple[float, float, JudgeHead] | None = None
+    best: tuple[float, float, float, JudgeHead] | None = None
     for number, strength in enumerate(GRID, 1):
         head, loss = fit(train_RD, train_R, strength)
         auc = rank(head(held_RD).detach(), held_R)
-        if best is None or auc > best[0]:
-            best = auc, strength, head
+        missed = float(F.binary_cross_entropy_with_logits(head(held_RD), held_R.float()))
+        if best is None or (auc, -missed) > best[:2]:
+            best = auc, -missed, strength, head
+        measured = {"score": auc, "auc": auc, "loss": missed}
         step = {
             "loss": loss,
             "C": strength,
             "tokens": len(train_R),
             "seconds": time.monotonic() - began,
         }
-        reporter.event(TrainingStep(METHOD, number, len(GRID), step, {"score": auc, "auc": auc}))
+        reporter.event(TrainingStep(METHOD, number, len(GRID), step, measured))
     assert best is not None
-    auc, strength, head = best
+    auc, _, strength, head = best
     with torch.no_grad():
         prob_R = head(held_RD).sigmoid()
     curve = [find_threshold(prob_R, held_R, recall) for recall in sorted({*RECALLS, config.recall})]
@@ -162,15 +164,22 @@ def rank(score_R: Tensor, important_R: Tensor) -> float:
 
 
 def find_threshold(prob_R: Tensor, important_R: Tensor, recall: float) -> dict[str, float]:
-    """Return the largest threshold that catches a share of the important tokens, and what it does.
+    """Return a threshold that catches a share of the important tokens, and what it does.
 
-    A token is caught if its probability is not below the threshold. `recall`: the share caught;
-    `accepted`: the share of the unimportant tokens that the judge accepts.
+    A token is caught if its probability is not below the threshold. Of the thresholds that catch
+    enough it is one of those that accept most unimportant tokens, halfway between the highest of
+    these and the next important token; 0 where none accepts any.
+    `recall`: the share caught; `accepted`: the share of the unimportant tokens that are accepted.
     """
     falling = prob_R[important_R].sort(descending=True).values
     count = math.ceil(recall * len(falling) - 1e-9)
     # Nothing is to be caught: all is accepted.
-    threshold = float(falling[count - 1]) if count else 1.0
+    highest = float(falling[count - 1]) if count else 1.0
+    accepted = prob_R[~important_R][prob_R[~important_R] < highest]
+    threshold = 0.0
+    if len(accepted):
+        above = falling[falling > accepted.max()]
+        threshold = (float(accepted.max()) + (float(above[-1]) if len(above) else 1.0)) / 2
     return {
         "recall_wanted": recall,
         "threshold": threshold,

@@ -16,6 +16,7 @@ import spectool
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
+from spectool.model.kernels import KernelLinear
 from spectool.model.matrices import computes_product, explain_dense, find_matrices
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.int8 import Int8
@@ -48,7 +49,14 @@ class Listens(nn.Linear):
 
 @pytest.mark.parametrize(
     ("kind", "plain"),
-    [(nn.Linear, True), (WrittenOut, True), (Chooses, False), (Clips, False), (Listens, False)],
+    [
+        (nn.Linear, True),
+        (KernelLinear, True),
+        (WrittenOut, True),
+        (Chooses, False),
+        (Clips, False),
+        (Listens, False),
+    ],
 )
 def test_a_subclass_is_plain_if_it_computes_the_product(kind: type[nn.Linear], plain: bool) -> None:
     assert computes_product(kind) is plain
