@@ -341,7 +341,7 @@ def test_standard_input_that_is_no_prompt(
 def test_what_nobody_foresaw_is_one_line_and_one_object(
     spectool: Spectool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("surprise")
 
     monkeypatch.setattr("spectool.checkpoint.headers.read_layout", fail)
