@@ -183,9 +183,7 @@ def _prepare(
     student, teacher = kind.choose_student(checkpoint, job.config)
     architecture, stored = Architecture(student), None
     if job.teacher is not None and Path(job.teacher).is_file():
-        if not kind.takes_stored:
-            raise UsageError(f"--teacher {job.teacher}: {job.method} needs the model itself")
-        stored = StoredTeacher(Path(job.teacher), checkpoint, _vocabulary(architecture))
+        stored = _open_stored(job, checkpoint, architecture, is_taken=kind.takes_stored)
     elif job.teacher is not None:
         teacher = _open_teacher(job.teacher, checkpoint)
     contexts = [each.layout.context for each in (checkpoint, teacher) if each is not None]
@@ -247,6 +245,20 @@ def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
             "probabilities are of different tokens"
         )
     return teacher
+
+
+def _open_stored(
+    job: WeightsJob, checkpoint: Checkpoint, architecture: Architecture, *, is_taken: bool
+) -> StoredTeacher:
+    """Open the file of a teacher's probabilities.
+
+    Raises:
+        UsageError: the method needs the teacher itself.
+        CheckpointError: the file is unusable; see `StoredTeacher`.
+    """
+    if not is_taken:
+        raise UsageError(f"--teacher {job.teacher}: {job.method} needs the model itself")
+    return StoredTeacher(Path(str(job.teacher)), checkpoint, _vocabulary(architecture))
 
 
 def _read_samples(
