@@ -207,11 +207,19 @@ def _differing(result: Any, newest: Any) -> list[str]:
             changed = [
                 f"{name}: {check['result']}" + (f" ({check['why']})" if "why" in check else "")
                 for name, check in row["checks"].items()
-                if check["result"] != other["checks"].get(name, {}).get("result")
+                if name in other["checks"] and check["result"] != other["checks"][name]["result"]
             ]
             lines += [f"- {row['entry']}: {'; '.join(changed)}"] if changed else []
     new = sorted(now.keys() - {row["entry"] for row in result["entries"]})
     lines = lines or ["No entry that both know differs."]
+    sets = [
+        {name for row in each["entries"] for name in row.get("checks", {})}
+        for each in (result, newest)
+    ]
+    if more := sorted(sets[0] - sets[1]):
+        rows = [row["checks"] for row in result["entries"] if "checks" in row]
+        works = [f"{name} {sum(r[name]['result'] == 'works' for r in rows)}" for name in more]
+        lines += ["", f"Checked with this version only, works: {', '.join(works)}."]
     return [*lines, "", f"Not known to this version: {', '.join(new) or 'none'}."]
 
 

@@ -49,8 +49,11 @@ EIGHT_BITS = 0.15
 # which random weights magnify it up to 1: all matrices of noise make 1.4.
 FOUR_BITS_MATRIX, FOUR_BITS_LOGITS = 0.5, 1.2
 
+# Those that draft for any checkpoint: `units` is for one that was trained for it.
 DRAFTERS = [
-    n for n in methods.list_methods("drafter") if n != "none" and n not in methods.list_trainable()
+    name
+    for name in methods.list_methods("drafter")
+    if name not in {"none", "units", *methods.list_trainable()}
 ]
 
 
