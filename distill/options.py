@@ -163,7 +163,7 @@ class JudgeOptions(TextOptions):
     )
     answer: str = option(
         r"-?\d+(?:[.,]\d+)*",
-        "Regular expression of the answer in a reply: its last match, or the first group of that",
+        "Regular expression of the answer in a reply: its last match, or the group that took part",
     )
     max_new_tokens: int = option(256, "Maximum number of tokens of a reply", minimum=1)
     held_out: int = option(
@@ -176,9 +176,13 @@ class JudgeOptions(TextOptions):
         if not self.data:
             raise UsageError("no data", hint="--data FILE, prompts with checkable answers")
         try:
-            re.compile(self.answer)
-        except re.error as error:
+            matches_nothing = re.compile(self.answer).fullmatch("") is not None
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"--answer {self.answer}: no regular expression: {error}") from None
+        if matches_nothing:
+            raise UsageError(
+                f"--answer {self.answer!r} matches an empty text, as every reply has at its end"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

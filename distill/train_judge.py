@@ -140,6 +140,11 @@ def train_judge(
         )
         try:
             head, found = fit_head(training, held_out, job.config, reporter)
+            if not any(each.is_right for each in (*training, *held_out)):
+                raise TextError(
+                    "no reply of the target has the answer of its row: accuracy would say nothing",
+                    hint="check --answer and --max-new-tokens",
+                )
         except TextError:
             writer.delete()
             raise

@@ -80,7 +80,7 @@ class StoredReference:
         same = int((top[:, 0] == model.argmax(-1)).sum())
         chosen = self.stored.read("chosen", batch.group, batch.rows)
         nll = -float(chosen.sum(dtype=torch.float64))
-        return nll, float(sum_kept_kl(ref, model.gather(-1, top))), same
+        return nll, float(sum_kept_kl(ref, model, top)), same
 
 
 def sum_kl(ref: Tensor, ours: Tensor) -> float:

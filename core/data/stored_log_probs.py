@@ -11,6 +11,7 @@ Shapes: S windows, B of a batch, L tokens, V vocabulary, K kept, R positions.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,9 +185,17 @@ class StoredLogProbs:
         return rows
 
 
-def sum_kept_kl(ref_RK: Tensor, ours_RK: Tensor) -> Tensor:
-    """Sum KL(reference || model) of the K tokens kept, and of all others as one event."""
+def sum_kept_kl(ref_RK: Tensor, logp_RV: Tensor, kept_RK: Tensor) -> Tensor:
+    """Sum KL(reference || model) of the K tokens kept, and of all others as one event.
+
+    `kept_RK` are the tokens of the reference's log-probabilities, `logp_RV` those of the model.
+    """
+    kept = (ref_RK.exp() * (ref_RK - logp_RV.gather(-1, kept_RK))).sum()
+    if kept_RK.shape[-1] == logp_RV.shape[-1]:
+        return kept
     p_R = (1 - ref_RK.double().exp().sum(-1)).clamp(min=0)
-    q_R = (1 - ours_RK.double().exp().sum(-1)).clamp(min=1e-30)
-    rest_R = torch.where(p_R > 0, p_R * (p_R.clamp(min=1e-30).log() - q_R.log()), 0.0)
-    return (ref_RK.exp() * (ref_RK - ours_RK)).sum() + rest_R.sum()
+    # As a sum of the others: 1 minus the sum of the kept ones would be mostly rounding.
+    others_RV = logp_RV.scatter(-1, kept_RK, -torch.inf)
+    log_q_R = others_RV.logsumexp(-1).double().clamp(min=math.log(1e-30))
+    rest_R = torch.where(p_R > 0, p_R * (p_R.clamp(min=1e-30).log() - log_q_R), 0.0)
+    return kept + rest_R.sum()

@@ -15,6 +15,7 @@ pays.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,9 @@ from spectool.options import option
 
 # Longer matches of places are not told apart.
 _LONGEST = 32
+
+# Places of a token that are looked at on each side of the one where a steady copy would be.
+_NEAREST = 128
 
 
 @dataclass(slots=True)
@@ -58,7 +62,9 @@ class _Source:
         self.read = None
         expected = self.place + len(output) - self.length
         best: tuple[int, int] | None = None
-        for end in self.ends.get(output[-1], ()):
+        ends = self.ends.get(output[-1], [])
+        middle = bisect.bisect(ends, expected)
+        for end in ends[max(0, middle - _NEAREST) : middle + _NEAREST]:
             length = self._match(output, end)
             distance = abs(end - expected)
             if best is None or (length, -distance) > best:

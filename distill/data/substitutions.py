@@ -63,10 +63,10 @@ class Rule:
         return cls(re.compile(job.answer), job.max_new_tokens)
 
     def find(self, text: str) -> str | None:
-        """Return the answer in a text, the first group of the pattern if it has one."""
+        """Return the answer in a text, the first group of the match if one took part in it."""
         found = None
         for match in self.pattern.finditer(text):
-            found = match[1] if self.pattern.groups else match[0]
+            found = next((group for group in match.groups() if group is not None), match[0])
         return None if found is None else found.strip()
 
 
@@ -158,7 +158,6 @@ class Labeller:
             _Walk(question, reply, self.find_answer(question, reply))
             for question, reply in zip(questions, replies, strict=True)
         ]
-        first = [walk.answer for walk in walks]
         going = [walk for walk in walks if walk.answer is not None]
         while going:
             self._prefer([walk for walk in going if walk.preferred is None])
@@ -178,9 +177,9 @@ class Labeller:
             Labelled(
                 torch.stack(walk.states) if walk.states else torch.zeros(0, width),
                 torch.tensor(walk.important, dtype=torch.bool),
-                answer == walk.question.answer,
+                walk.answer == walk.question.answer,
             )
-            for walk, answer in zip(walks, first, strict=True)
+            for walk in walks
         ]
 
     def find_answer(self, question: Question, reply: Sequence[int]) -> str | None:

@@ -72,8 +72,9 @@ class LossBatch:
         if self.teacher_RV is None:
             return nats, None
         if self.kept_RV is not None:
-            logp_RV = logits_BLV[self.mask_BL].log_softmax(-1).gather(-1, self.kept_RV)
-            return nats, (sum_kept_kl(self.teacher_RV, logp_RV) / self.total).float()
+            logp_RV = logits_BLV[self.mask_BL].log_softmax(-1)
+            kl = sum_kept_kl(self.teacher_RV, logp_RV, self.kept_RV)
+            return nats, (kl / self.total).float()
         # Models of one tokenizer may pad its vocabulary differently.
         size = min(self.teacher_RV.shape[-1], logits_BLV.shape[-1])
         logits_RV = logits_BLV[self.mask_BL][:, :size]

@@ -97,9 +97,11 @@ class Cross(WeightObjective):
         self.alpha, texts = config.alpha, task.texts
         self.student_config = make_student_config(task.model, config, texts.seq_len)
         end = _first_id(self.student_config.eos_token_id)
+        tokenizer = load_tokenizer(task.source)
+        bos = tokenizer.bos_token_id
 
         def pairs(samples: Sequence[Sample]) -> list[Sample]:
-            return [make_pair(each, end, texts.seq_len) for each in samples]
+            return [make_pair(each, end, texts.seq_len, bos) for each in samples]
 
         task = replace(
             task,
@@ -109,8 +111,7 @@ class Cross(WeightObjective):
         )
         task.model.requires_grad_(False)
         # A prompt that has no start token is to have none in the training either.
-        tokenizer = load_tokenizer(task.source)
-        self._left_out = {tokenizer.bos_token_id} - set(tokenizer("a")["input_ids"][:1])
+        self._left_out = {bos} - set(tokenizer("a")["input_ids"][:1])
         auto: Any = AutoModelForSeq2SeqLM
         with seeded(f"{task.seed}/student", task.device), torch.device(task.model.device):
             student: PreTrainedModel = auto.from_config(self.student_config)
@@ -212,21 +213,24 @@ def describe_student(student: Any) -> dict[str, bytes]:
     }
 
 
-def make_pair(sample: Sample, end: int | None, seq_len: int) -> Sample:
+def make_pair(sample: Sample, end: int | None, seq_len: int, bos: int | None) -> Sample:
     """Return a text as a source of `given` tokens and a target, which alone is in the loss.
 
-    The target is the last answer, with an end token if it has none and was not cut. Of a text
-    without a question, it is the second half.
+    The target is the last answer, with an end token if it has none and was not cut; what follows it
+    is left out. Of a text without a question, it is the second half.
     """
     tokens, mask = sample.tokens, sample.loss_mask
-    given = len(mask) - mask[::-1].index(True)
+    given = stop = len(mask) - mask[::-1].index(True)
     while given > 0 and mask[given - 1]:
         given -= 1
     # A start token is no question.
-    if given <= 1:
+    if given == 0 or (given == 1 and tokens[0] == bos):
         given = len(tokens) // 2
-    elif end is not None and len(tokens) < seq_len and mask[-1] and tokens[-1] != end:
-        tokens = [*tokens, end]
+    else:
+        is_whole = stop < len(tokens) or len(tokens) < seq_len
+        tokens = tokens[:stop]
+        if end is not None and is_whole and tokens[-1] != end:
+            tokens = [*tokens, end]
     return Sample(tokens, [False] * given + [True] * (len(tokens) - given), given=given)
 
 

@@ -177,7 +177,9 @@ class Sorted(WeightObjective):
         processes = self.task.processes
         nats, kl = ([each / total for each in processes.sum(sums)] for sums in (nats, kl))
         agrees_ER = torch.cat(agrees, dim=1)
-        thresholds = processes.share(calibrate(torch.cat(sure, dim=1), agrees_ER, self._costs()))
+        parts = processes.gather((torch.cat(sure, dim=1).cpu(), agrees_ER.cpu()))
+        sure_all, agrees_all = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        thresholds = calibrate(sure_all, agrees_all, self._costs())
         metrics: Metrics = {"perplexity": math.exp(fmean(nats)), "kl": fmean(kl)}
         agreed = processes.sum(agrees_ER.sum(1).tolist())
         for at, layer in enumerate(self.layers):

@@ -130,14 +130,19 @@ def test_a_start_token_that_prompts_have_not_is_no_source(checkpoint: Checkpoint
 
 def test_texts_become_pairs() -> None:
     question = Sample([0, 5, 6, 7, 8], [False, False, False, True, True])
-    assert make_pair(question, 1, 9).tokens == [0, 5, 6, 7, 8, 1]
-    assert make_pair(question, 1, 9).given == 3
-    assert make_pair(question, 1, 5).tokens == question.tokens, "cut at the end"
-    assert make_pair(question, 8, 9).tokens == question.tokens, "ended already"
+    assert make_pair(question, 1, 9, 0).tokens == [0, 5, 6, 7, 8, 1]
+    assert make_pair(question, 1, 9, 0).given == 3
+    assert make_pair(question, 1, 5, 0).tokens == question.tokens, "cut at the end"
+    assert make_pair(question, 8, 9, 0).tokens == question.tokens, "ended already"
     turns = Sample([0, 5, 6, 7, 8, 9], [False, True, False, False, True, True])
-    assert make_pair(turns, None, 9).given == 4
+    assert make_pair(turns, None, 9, 0).given == 4
+    asked_again = Sample([0, 5, 6, 7, 8, 9], [False, False, True, True, False, False])
+    assert make_pair(asked_again, 1, 6, 0) == Sample([0, 5, 6, 7, 1], [False] * 2 + [True] * 3, 2)
+    short = Sample([5, 6, 7, 8], [False, True, True, True])
+    assert make_pair(short, 1, 9, None) == Sample([5, 6, 7, 8, 1], [False] + [True] * 4, 1)
     plain = Sample([0, 5, 6, 7, 8], [False, True, True, True, True])
-    assert make_pair(plain, 1, 9) == Sample(plain.tokens, [False, False, True, True, True], given=2)
+    halves = Sample(plain.tokens, [False, False, True, True, True], given=2)
+    assert make_pair(plain, 1, 9, 0) == halves
 
 
 @pytest.mark.parametrize("student", ["t5", pytest.param("bart", marks=pytest.mark.slow)])

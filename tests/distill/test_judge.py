@@ -295,6 +295,7 @@ def test_rows_are_read_with_their_answers(data: str, tmp_path: Path) -> None:
     # Without a match the whole answer is the right one.
     assert read(data, "#### (.*)")[0].answer == "The letter x"
     assert Rule(re.compile("#### (.*)"), 1).find("1 #### 2\n#### 3 ") == "3"
+    assert Rule(re.compile(r"is (\d+)|= (\d+)"), 1).find("it is 2, so x = 3") == "3"
     for row, message in (
         ({"prompt": "a"}, "prompt 1 has no answer"),
         ({"prompt": "a", "answer": 5}, "prompt 1 has no answer"),
@@ -375,6 +376,8 @@ def test_the_command_and_what_its_result_is_for(
         assert message in done.stderr, (wrong, done.stderr)
     for option, message in (
         (["--answer", "["], "no regular expression"),
+        (["--answer", "a{9999999999999999}"], "no regular expression"),
+        (["--answer", r"\d*"], "matches an empty text"),
         (["--answer", "no such answer"], "nothing can be learnt"),
         (["--max-new-tokens", 255], "are more than the context of 256"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
+from spectool.data.stored_log_probs import sum_kept_kl
 from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.logits import Logits
 from spectool.distill.stored_teacher import StoredTeacher
@@ -90,6 +92,19 @@ def test_losses_and_gradients_are_those_of_the_model_that_was_stored(
     assert loss == pytest.approx(float(total.detach()) / count, rel=1e-4)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-3)
+
+
+def test_a_small_rest_of_the_student_has_a_gradient() -> None:
+    """A rest of 1e-9, which 1 minus float32 probabilities cannot tell from nothing."""
+    logits_RV = torch.tensor([[21.0, 0.0, 0.0]], requires_grad=True)
+    ref_RK, kept_RK = torch.tensor([[0.9]]).log(), torch.tensor([[0]])
+    kl = sum_kept_kl(ref_RK, logits_RV.log_softmax(-1), kept_RK)
+    rest = 2 * math.exp(-21) / (1 + 2 * math.exp(-21))
+    expected = 0.9 * math.log(0.9) + 0.1 * math.log(0.1 / rest)
+    assert float(kl.detach()) == pytest.approx(expected, rel=1e-5)
+    (slope_RV,) = torch.autograd.grad(kl, logits_RV)
+    # The gradient of a KL with respect to logits is q - p, shared here by the two other tokens.
+    torch.testing.assert_close(slope_RV, torch.tensor([[0.1, -0.05, -0.05]]), atol=1e-5, rtol=0)
 
 
 def test_a_file_trains_as_its_model_does(
