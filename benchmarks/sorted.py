@@ -121,6 +121,9 @@ def train(given: Any, model: Path, text: Path, loss: str) -> dict[str, Any]:
             "--steps", given.steps, "--batch-tokens", given.batch_tokens,
             "--learning-rate", given.learning_rate, "--metrics", given.out / f"{loss}.jsonl",
         )  # fmt: skip
+        for text_read in printed["read"]:
+            # Paths are the machine's own.
+            del text_read["source"]
         path.write_text(json.dumps({**printed, "out": loss}), encoding="utf-8")
     trained: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return trained
