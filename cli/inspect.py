@@ -170,11 +170,11 @@ def _training_line(path: Path, record: dict[str, Any]) -> str:
     try:
         first, *_, last = record["evaluations"]
         best, key = record["best"], "kl" if record["teacher"] else "perplexity"
-        taught = f" from the teacher {record['teacher']}" if record["teacher"] else ""
+        source = f" from the teacher {record['teacher']}" if record["teacher"] else ""
         options = ", ".join(f"{name}={value}" for name, value in record["options"].items())
         method = f"{record['method']} ({options})" if options else record["method"]
         return (
-            f"trained with {method}{taught} on text {record['data']}: best "
+            f"trained with {method}{source} on text {record['data']}: best "
             f"after {best['step']} of {last['step']} steps, held-out {key} {first[key]:.4f} to "
             f"{best[key]:.4f}"
         )

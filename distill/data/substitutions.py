@@ -7,8 +7,8 @@ unimportant, and the new text is kept; else it is important, and the text before
 every token is seen after a text as judge decoding leaves it behind.
 
 The answer that counts is the target's own, not the right one: a token is to change nothing in what
-the target would have said, also where that is wrong. Compared with the right answer every token of
-a wrong reply would be important, or none.
+the target would have written, also where that is wrong. Compared with the right answer every token
+of a wrong reply would be important, or none.
 
 Source: Garipov et al., AutoJudge, 2025 (arXiv:2504.20039), section 3 and algorithm 1. Shapes: R
 substitutions, L tokens of a text, D width of both models' states together.
