@@ -58,8 +58,9 @@ class JudgeJob(JudgeOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgePlan:
-    """Estimate of a training, made before weights are read. `memory_bytes`: both models' weights,
-    and logits of the texts that pass together.
+    """Estimate of a training, made before weights are read.
+
+    `memory_bytes`: both models' weights, and logits of the texts that pass together.
     """
 
     parameters: int

@@ -52,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How a reply is written and its answer found: the last match of `pattern`."""
+    """Limit of a reply's length, and the pattern whose last match is its answer."""
 
     pattern: re.Pattern[str]
     max_new_tokens: int

@@ -288,6 +288,11 @@ def make_recipe(steps: int, warmup: float = 0.1) -> Recipe:
     return Recipe(steps=steps, warmup=warmup, every=max(1, math.ceil(steps / _NUM_EVALUATIONS)))
 
 
+def first_id(ids: int | list[int] | None) -> int | None:
+    """Return the first of a configuration's special tokens, which may be one, several or none."""
+    return ids[0] if isinstance(ids, list) else ids
+
+
 def read_logits(model: Any, tokens_BL: Tensor) -> Tensor:
     """Return the logits [B, L - 1, V] after each token but the last, in float32."""
     logits: Tensor = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float()

@@ -39,7 +39,7 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.trained import write_new
 from spectool.distill.data.samples import Sample, pad
 from spectool.distill.objective import seeded
-from spectool.distill.objectives.base import WeightObjective, WeightTask, divergence
+from spectool.distill.objectives.base import WeightObjective, WeightTask, divergence, first_id
 from spectool.distill.weights import TrainedWeights
 from spectool.errors import UsageError
 from spectool.model.loading import load_tokenizer
@@ -96,7 +96,7 @@ class Cross(WeightObjective):
     def __init__(self, task: WeightTask, config: Cross.Config) -> None:
         self.alpha, texts = config.alpha, task.texts
         self.student_config = make_student_config(task.model, config, texts.seq_len)
-        end = _first_id(self.student_config.eos_token_id)
+        end = first_id(self.student_config.eos_token_id)
         tokenizer = load_tokenizer(task.source)
         bos = tokenizer.bos_token_id
 
@@ -160,7 +160,7 @@ def make_student_config(
     known = teacher.generation_config
     text = teacher.config.get_text_config()
     ends = known.eos_token_id if known.eos_token_id is not None else text.eos_token_id
-    start = next((i for i in map(_first_id, (text.bos_token_id, ends)) if i is not None), 0)
+    start = next((i for i in map(first_id, (text.bos_token_id, ends)) if i is not None), 0)
     pad_id = start if text.pad_token_id is None else text.pad_token_id
     shared: dict[str, Any] = {
         "vocab_size": table.num_embeddings,
@@ -195,10 +195,6 @@ def make_student_config(
         dropout=0.0,
         forced_eos_token_id=None,
     )
-
-
-def _first_id(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
 
 
 def describe_student(student: Any) -> dict[str, bytes]:

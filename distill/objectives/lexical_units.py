@@ -42,7 +42,7 @@ from spectool.distill.data.units import (
     most_placeholders,
 )
 from spectool.distill.objective import seeded
-from spectool.distill.objectives.base import WeightTask, make_recipe, read_logits
+from spectool.distill.objectives.base import WeightTask, first_id, make_recipe, read_logits
 from spectool.distill.objectives.decoding import DecodingObjective
 from spectool.distill.objectives.lora import LoRA
 from spectool.distill.weights import FullWeights, LowRankUpdates
@@ -218,8 +218,7 @@ def choose_placeholder(model: Any, given: int | None) -> int:
         UsageError: the model has neither, or does not have the given one.
     """
     config = model.config.get_text_config(decoder=True)
-    ends = config.eos_token_id
-    end = ends[0] if isinstance(ends, list) else ends
+    end = first_id(config.eos_token_id)
     chosen = next((each for each in (given, config.pad_token_id, end) if each is not None), None)
     size = model.get_input_embeddings().num_embeddings
     if chosen is None or not 0 <= chosen < size:

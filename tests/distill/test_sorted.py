@@ -90,7 +90,7 @@ def make_task(source: Path, config: Sorted.Config, teacher: PreTrainedModel | No
 def test_the_loss_is_the_mean_over_truncated_models(
     checkpoint: Checkpoints, family: str, loss: str
 ) -> None:
-    """Its gradient is too, that of the shared norm and lm_head included."""
+    """Compare gradients too, those of the shared norm and lm_head included."""
     source = checkpoint(family)
     teacher = load_model(open_checkpoint(source), dtype=torch.float32)
     config: Any = Sorted.Config(exits="1,2,4", loss=loss)
@@ -150,7 +150,7 @@ def test_plain_transformers_loads_the_first_layers(
     family: str,
     options: dict[str, Any],
 ) -> None:
-    """It has the perplexity that was measured at each exit, and drafts for MODEL."""
+    """Compare the perplexity of each exit with the measured one, and draft for MODEL."""
     source, out, worth = checkpoint(family, **options), tmp_path / "out", itertools.count(1)
     # Random models' own text is unlike the text: the last weights would rarely draft best.
     monkeypatch.setattr(

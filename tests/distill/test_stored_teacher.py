@@ -57,7 +57,7 @@ def gradients(objective: Logits, samples: Any) -> tuple[float, list[Tensor]]:
 def test_losses_and_gradients_are_those_of_the_model_that_was_stored(
     checkpoint: Checkpoints, tmp_path: Path, text: str, top_k: int
 ) -> None:
-    """Of the top K, the KL is that of K + 1 events: each kept token, and any other."""
+    """Compare with the KL of K + 1 events: each kept token, and any other."""
     source, teacher = open_checkpoint(checkpoint("llama")), checkpoint("llama", seed=1)
     model = load_model(open_checkpoint(teacher), dtype=torch.float32)
     vocabulary = model.config.vocab_size
