@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spectool.errors import CheckpointError
 from spectool.kernels.registry import Product
+from spectool.kernels.segments import Segment
 from spectool.methods import import_method
 
 # Weights per piece of rows that is unpacked, or summed in double precision, at once.
@@ -82,6 +83,13 @@ class PackedLinear(nn.Module):
     def rows(self, rows: slice | Tensor) -> Tensor:
         """Unpack some rows, a slice or their numbers, in float32."""
         return self.dequantize()[rows]
+
+    def segments(self) -> list[Segment] | None:
+        """Return the matrix as products read it; None if only torch multiplies with it.
+
+        Codes are unpacked to bytes for that, so a caller needs memory for n m of them.
+        """
+        return None
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield the unpacked matrix in pieces of consecutive rows."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.quantize.base import PackedFields, Quantizer
 from spectool.quantize.statistics import LinearStats
@@ -51,3 +52,15 @@ class Int8Linear(PackedLinear):
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         return self.q.codes[rows].float().mul_((self.q.scale[rows] / 127)[:, None])
+
+    def segments(self) -> list[Segment]:
+        return [
+            Segment(
+                # A byte without its sign bit turned is 128 more.
+                codes=self.q.codes.view(torch.uint8) ^ 128,
+                bits=8,
+                group_size=self.in_features,
+                scale=(self.q.scale / 127)[:, None],
+                center=128,
+            )
+        ]

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from spectool import options
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.base import FitReport, PackedFields, Statistics
@@ -333,3 +334,15 @@ class JLCMLinear(PackedLinear):
         group_n, scale_n = self.q.group[rows].long(), self.q.scale[rows].float()
         levels_nK = self.q.codebook.float()[group_n] * scale_n[:, None]
         return levels_nK.gather(1, self.codes(rows).long())
+
+    def segments(self) -> list[Segment]:
+        return [
+            Segment(
+                codes=unpack_bits(self.q.codes, self.config.bits, self.in_features),
+                bits=self.config.bits,
+                group_size=self.in_features,
+                scale=self.q.scale.float()[:, None],
+                levels=self.q.codebook.float(),
+                table=self.q.group.long(),
+            )
+        ]

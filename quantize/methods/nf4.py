@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spectool import options
 from spectool.errors import require
+from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.base import PackedFields, Quantizer
@@ -118,6 +119,28 @@ class NF4Linear(PackedLinear):
         flat = self._quant_state((self.out_features * self.in_features,), torch.float32)
         weight: Tensor = bitsandbytes().functional.dequantize_4bit(self.q.codes.view(-1, 1), flat)
         return weight.view(self.out_features, self.in_features)
+
+    def segments(self) -> list[Segment] | None:
+        shape, size = (self.out_features, self.in_features), self.config.block_size
+        if shape[1] % size:
+            # A block that crosses rows is a group of none.
+            return None
+        scale = self.q.scale
+        if self.config.double_quant:
+            state = self._quant_state(shape, torch.float32)
+            unpack = bitsandbytes().functional.dequantize_blockwise
+            scale = unpack(scale, state.state2) + self.q.scale_offset
+        # The first code of a byte is in its high bits.
+        codes = torch.stack([self.q.codes >> 4, self.q.codes & 15], -1)
+        return [
+            Segment(
+                codes=codes.view(shape),
+                bits=4,
+                group_size=size,
+                scale=scale.view(shape[0], -1),
+                levels=_tables(str(codes.device))[0][None],
+            )
+        ]
 
     @property
     def is_differentiable(self) -> bool:

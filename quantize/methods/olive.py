@@ -37,6 +37,7 @@ from torch import Tensor
 from spectool import options
 from spectool.errors import CheckpointError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.base import PackedFields, Quantizer, Statistics
@@ -296,15 +297,44 @@ class OliVeLinear(PackedLinear):
 
     config: OliVe.Config
 
-    def rows(self, rows: slice | Tensor) -> Tensor:
-        types = TYPES[self.config.bits]
-        index = int(self.q.kind)
+    def kind(self) -> Type:
+        """Return the type of the matrix.
+
+        Raises:
+            CheckpointError: its number is that of no type.
+        """
+        types, index = TYPES[self.config.bits], int(self.q.kind)
         if index >= len(types):
             raise CheckpointError(f"an olive matrix of {self.config.bits} bits has no type {index}")
+        return types[index]
+
+    def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Unpack codes [n, m], those of a pair's other half included."""
         columns = self.in_features + self.in_features % 2
-        codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, columns)
-        number_nm = decode(codes_nm, types[index]) * self.q.scale[rows, None].float()
+        return unpack_bits(self.q.codes[rows], self.config.bits, columns)
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        number_nm = decode(self.codes(rows), self.kind()) * self.q.scale[rows, None].float()
         return number_nm[:, : self.in_features]
+
+    def segments(self) -> list[Segment] | None:
+        if self.config.bits == 8 or self.in_features % 2:
+            return None
+        kind, codes_nm = self.kind(), self.codes()
+        for rows in self.row_slices():
+            # Raises where the codes are damaged.
+            decode(codes_nm[rows], kind)
+        values = [float(value or 0) for value in (*kind.normal, *kind.outlier)]
+        return [
+            Segment(
+                codes=codes_nm,
+                bits=4,
+                group_size=self.in_features,
+                scale=self.q.scale.float()[:, None],
+                levels=torch.tensor([values], device=codes_nm.device),
+                paired=True,
+            )
+        ]
 
 
 class OliVeActivationsLinear(OliVeLinear):
@@ -313,6 +343,10 @@ class OliVeActivationsLinear(OliVeLinear):
     @property
     def is_matrix(self) -> bool:
         return False
+
+    def segments(self) -> None:
+        # The inputs are rounded before the product, to numbers of which it knows nothing.
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.q.input_scale

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from spectool import options
 from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.base import FitReport, PackedFields, Statistics
@@ -313,6 +314,36 @@ class PTQ161Linear(PackedLinear):
         low_nr = signs_nr.mul_(self.q.row_a[rows, None]).add_(self.q.row_b[rows, None])
         weight_nm[:, low] = low_nr * self.q.col_r
         return weight_nm
+
+    def segments(self) -> list[Segment]:
+        high, low = self.columns()
+        a_n, b_n = self.q.row_a.float(), self.q.row_b.float()
+        found = []
+        if len(low):
+            found.append(
+                Segment(
+                    codes=self._bits(slice(None), torch.uint8),
+                    bits=1,
+                    group_size=len(low),
+                    # a B + b with bits for B: 2 a bit + b - a.
+                    scale=2 * a_n[:, None],
+                    offset=(b_n - a_n)[:, None],
+                    columns=low,
+                    column_scale=self.q.col_r.float(),
+                )
+            )
+        if len(high):
+            found.append(
+                Segment(
+                    codes=self._codes(slice(None), torch.uint8),
+                    bits=4,
+                    group_size=len(high),
+                    scale=self.q.hi_scale.float()[:, None],
+                    zero=self.q.hi_zero.float()[:, None],
+                    columns=high,
+                )
+            )
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the product from codes and bits, without dequantizing the matrix.

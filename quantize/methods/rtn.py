@@ -18,6 +18,7 @@ from torch import Tensor
 from spectool import options
 from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear, TensorSpec
 from spectool.options import option
 from spectool.quantize.base import PackedFields, Quantizer
@@ -139,3 +140,16 @@ class RTNLinear(PackedLinear):
             codes_ngc -= self.q.zero[rows].float()[..., None]
         codes_ngc *= self.q.scale[rows].float()[..., None]
         return codes_ngc.flatten(1)[:, : self.in_features]
+
+    def segments(self) -> list[Segment]:
+        bits, symmetric, m = self.config.bits, self.config.symmetric, self.in_features
+        return [
+            Segment(
+                codes=unpack_bits(self.q.codes, bits, m),
+                bits=bits,
+                group_size=min(self.config.group_size or m, m),
+                scale=self.q.scale.float(),
+                zero=None if symmetric else self.q.zero.float(),
+                center=2 ** (bits - 1) if symmetric else 0,
+            )
+        ]

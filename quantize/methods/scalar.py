@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from spectool import options
 from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.base import PackedFields, Statistics
@@ -316,3 +317,23 @@ class ScalarLinear(PackedLinear):
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         return self.table().gather(1, self.codes(rows).T.long()).T
+
+    def segments(self) -> list[Segment]:
+        """Return a segment for each number of bits; inputs of no bits have codes 0 of one bit."""
+        codes_nm, table_mK = self.codes(), self.table()
+        found, width_m = [], self.q.bits.clamp(min=1)
+        for bits in range(1, MAX_BITS + 1):
+            columns_k = (width_m == bits).nonzero()[:, 0]
+            if not len(columns_k):
+                continue
+            found.append(
+                Segment(
+                    codes=codes_nm[:, columns_k],
+                    bits=bits,
+                    group_size=len(columns_k),
+                    scale=torch.ones(len(codes_nm), 1, device=codes_nm.device),
+                    column_levels=table_mK[columns_k, : 1 << bits],
+                    columns=columns_k,
+                )
+            )
+        return found
