@@ -37,7 +37,7 @@ def doctor(output: Output, options: DoctorOptions) -> None:
     """Show processor, memory, GPU, packages and compiled kernels of this machine."""
     from spectool import machine
     from spectool.decode.policy import curve
-    from spectool.kernels import registry
+    from spectool.kernels import build, registry
 
     machine.set_threads(None)
     described: dict[str, Any] = machine.describe()
@@ -54,6 +54,8 @@ def doctor(output: Output, options: DoctorOptions) -> None:
         extra = PACKAGES[name]
         absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
         output.show(f"{name}: {version or absent}")
+    library = build.load_library()
+    output.show(f"kernels: {library if isinstance(library, build.Library) else f'none: {library}'}")
     output.show("matrices times few rows of activations, on a processor:")
     kernels = {
         f"{format}, {str(dtype).removeprefix('torch.')}": str(

@@ -34,8 +34,9 @@ _PADDED = 32
 class Kernel(ABC):
     """Products with matrices of one format, for activations of one dtype.
 
-    `source` is the C file's name. `smallest`: for matrices of fewer weights the call costs more
-    than it saves. `most_rows`: beyond so many rows another way is faster.
+    `source` is the C file's name, with which its functions begin. `smallest`: for matrices of fewer
+    weights the call costs more than it saves. `most_rows`: beyond so many rows another way is
+    faster.
     """
 
     source: ClassVar[str]
@@ -59,7 +60,7 @@ class Kernel(ABC):
 
     def missing(self) -> str | None:
         """Return why the kernel cannot run on this machine; None if it can."""
-        return build.missing(self.source)
+        return build.missing()
 
     def linear(self, x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
         """Compute x [..., m] times W transposed, plus bias [n], summed in float32, in x's dtype.
@@ -104,9 +105,9 @@ class Kernel(ABC):
 @functools.cache
 def _load(source: str, dtype: torch.dtype) -> Any:
     """Load the product of a C file for activations of a dtype."""
-    library = build.load_library(source)
+    library = build.load_library()
     assert not isinstance(library, str), "the registry chooses kernels that can be built"
-    run = library.product_bfloat16 if dtype == torch.bfloat16 else library.product_float
+    run = library.functions[f"{source}_{str(dtype).removeprefix('torch.')}"]
     run.argtypes = [*[ctypes.c_void_p] * 6, *[ctypes.c_ssize_t] * 3, ctypes.c_int]
     run.restype = None
     return run

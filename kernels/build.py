@@ -1,4 +1,8 @@
-"""Compilation of C files to shared libraries on first use, kept in the user's cache."""
+"""The kernels' shared library of this machine: chosen by its processor, loaded or compiled.
+
+A library that came with the package is used if it was compiled from this very source. Otherwise
+one is compiled on first use and kept in the user's cache.
+"""
 
 from __future__ import annotations
 
@@ -7,76 +11,89 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from spectool.kernels import cpu, variants
+from spectool.kernels.variants import Variant
 
-from spectool.kernels import cpu
+# Names the variant to use instead of the best one, for tests and measurements.
+FORCED = "SPECTOOL_KERNELS"
 
-_FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A loaded library; `origin` says where it came from."""
+
+    variant: Variant
+    functions: ctypes.CDLL
+    origin: str
+
+    def __str__(self) -> str:
+        used = ", ".join(self.variant.needs) or "none beyond the machine's baseline"
+        return f"{self.variant.name}, {self.origin}; flags of the processor used: {used}"
+
+
+def supported() -> list[Variant]:
+    """Return the variants that this machine's processor can run, best first."""
+    flags = cpu.flags() or frozenset()
+    known = variants.variants_of(platform.machine())
+    return [variant for variant in known if flags.issuperset(variant.needs)]
 
 
 @functools.cache
-def load_library(name: str) -> ctypes.CDLL | str:
-    """Build and load `name`.c of this folder; return why where that fails."""
+def load_library() -> Library | str:
+    """Load the library of the best variant, or of the one that $SPECTOOL_KERNELS names; return why
+    where that fails."""
+    name, choices = os.environ.get(FORCED), supported()
+    for variant in choices:
+        if name in (None, "", variant.name):
+            return load_variant(variant)
+    names = ", ".join(each.name for each in choices)
+    return f"{FORCED}={name}: this machine can run {names}"
+
+
+@functools.cache
+def load_variant(variant: Variant) -> Library | str:
+    """Load the library of a variant, compiled if none that came with the package fits; return why
+    where that fails."""
+    name = variants.library_name(platform.machine(), variant)
+    prebuilt = variants.PREBUILT / f"{name}.so"
+    if prebuilt.exists():
+        try:
+            return Library(variant, ctypes.CDLL(str(prebuilt)), "prebuilt")
+        except OSError:
+            # Linked with a C library newer than this machine's; one compiled here fits.
+            pass
+    compiler = variants.find_compiler()
+    if compiler is None:
+        return "no C compiler; pip install 'spectool[cc]' brings one"
     try:
-        library = build_library(name)
-        # torch's OpenMP first: the library is linked with none.
-        for openmp in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
-            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(library))
+        path = _cache() / f"{name}-{_identity(compiler)}.so"
+        variants.compile_library(compiler, variant, path)
+        return Library(variant, ctypes.CDLL(str(path)), f"compiled by {Path(compiler[0]).name}")
     except subprocess.SubprocessError:
-        return "the C compiler cannot build the kernel"
+        return f"the C compiler cannot build the kernels for {variant.name}"
     except OSError as error:
-        # No compiler, a cache folder that cannot be written, a library that cannot be loaded.
+        # A cache folder that cannot be written, a library that cannot be loaded.
         return str(error)
 
 
-def missing(name: str) -> str | None:
-    """Return why the library of `name`.c cannot be had here; None if it can."""
-    found = load_library(name)
+def missing() -> str | None:
+    """Return why the kernels cannot be had here; None if they can."""
+    found = load_library()
     return found if isinstance(found, str) else None
 
 
-def build_library(name: str) -> Path:
-    """Compile `name`.c for this processor, unless the cache has its library; return the path.
-
-    Raises:
-        OSError: there is no C compiler, or the cache cannot be written.
-        SubprocessError: the compiler failed.
-    """
-    compiler = _find_compiler()
-    if compiler is None:
-        raise OSError("no C compiler")
-    source = _FOLDER / f"{name}.c"
-    key = hashlib.sha256()
-    for path in (source, *sorted(_FOLDER.glob("*.h"))):
-        key.update(path.read_bytes())
-    found = Path(compiler).resolve()
-    version = found.stat().st_size, found.stat().st_mtime_ns
-    processor = platform.machine(), sorted(cpu.flags() or [platform.processor()])
-    key.update(repr((found, version, processor, _FLAGS)).encode())
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(cache) / "spectool" / "kernels"
-    target = folder / f"{name}-{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        quiet = {"check": True, "capture_output": True, "timeout": 120}
-        # In a temporary directory, as several processes may build at the same time.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            compiled, library = Path(scratch) / f"{name}.o", Path(scratch) / f"{name}.so"
-            subprocess.run([compiler, *_FLAGS, "-c", source, "-o", compiled], **quiet)  # type: ignore[call-overload]
-            # Not linked with OpenMP: torch's is loaded already, and the threads of two pools would
-            # compete for the cores.
-            subprocess.run([compiler, "-shared", compiled, "-o", library], **quiet)  # type: ignore[call-overload]
-            library.replace(target)
-    return target
+def _cache() -> Path:
+    """Return the folder of compiled libraries."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool/kernels"
 
 
-def _find_compiler() -> str | None:
-    """Return the path of a C compiler: $CC, cc, gcc or clang."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+def _identity(compiler: tuple[str, ...]) -> str:
+    """Return a key that another compiler, or another version of it, does not have."""
+    found = Path(compiler[0]).resolve()
+    stat = found.stat()
+    key = repr((found, stat.st_size, stat.st_mtime_ns, compiler[1:]))
+    return hashlib.sha256(key.encode()).hexdigest()[:8]

@@ -1,4 +1,5 @@
 /* Products of few rows with a matrix of x's own type. */
+#define NAME dense
 #define WEIGHT_BYTES(half) (half ? 2 : 4)
 #include "few_rows.h"
 

@@ -1,9 +1,9 @@
 /* y[i][j] = scale[j] sum over k of x[i][k] w[j][k] + bias[j], for few rows of x and many of w; w is
  * read once.
  *
- * A kernel's file defines WEIGHT_BYTES(half), the bytes of a stored weight when x is bfloat16
+ * A kernel's file defines NAME, WEIGHT_BYTES(half), the bytes of a stored weight when x is bfloat16
  * (half = 1) or float (half = 0), and the functions `read_weights` and `read_x` below, and includes
- * this file, which exports product_float and product_bfloat16.
+ * this file, which exports NAME_float32 and NAME_bfloat16.
  *
  * Every product is summed along k in a fixed order, so a row's result does not depend on the other
  * rows. A tile of ROWS rows of w and up to COLUMNS rows of x keeps its sums in registers. x is
@@ -16,6 +16,8 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+
+#include "pool.h"
 
 #define COLUMNS 4
 #ifdef __AVX512F__
@@ -36,6 +38,11 @@
 #define STEP(half) (half ? 2 * LANES : LANES)
 #define PARTS(half) (half && !PAIRED ? 2 : 1)
 #define INLINE static inline __attribute__((always_inline))
+
+/* Threads take parts of w, several each, so that one that the system delays leaves some to the
+ * others; a part takes longer than to wake a thread. */
+#define THREAD_PARTS 4
+#define PART_BYTES (64 << 10)
 
 typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(BYTES), aligned(4)));
@@ -127,56 +134,86 @@ INLINE void tile(const int rows, const int columns, const int half, const vec *x
                 total(sum[r][c]) * (scale ? scale[r] : 1.0f) + (bias ? bias[r] : 0.0f);
 }
 
-INLINE void product(const int half, const char *x, const char *w, const float *scale,
-                    const float *bias, float *y, float *scratch, ptrdiff_t count, ptrdiff_t width,
-                    ptrdiff_t height, int threads) {
-    const ptrdiff_t size = width * WEIGHT_BYTES(half), x_bytes = half ? 2 : 4;
-    const ptrdiff_t steps = (width + STEP(half) - 1) / STEP(half);
-    const ptrdiff_t panels = (count + COLUMNS - 1) / COLUMNS;
-    vec *out = (vec *)scratch;
+/* Copy the rows of x into panels of up to COLUMNS rows, step by step along k. */
+INLINE void fill_panels(const int half, const char *x, vec *out, ptrdiff_t count, ptrdiff_t width,
+                        ptrdiff_t panels) {
     for (ptrdiff_t p = 0; p < panels; p++)
         for (ptrdiff_t k = 0; k < width; k += STEP(half))
             for (ptrdiff_t i = p * count / panels; i < (p + 1) * count / panels; i++) {
-                read_x(half, x + (i * width + k) * x_bytes, width - k, out);
+                read_x(half, x + (i * width + k) * (half ? 2 : 4), width - k, out);
                 out += PARTS(half);
             }
+}
 
+/* A product that threads share. */
+struct product {
+    const char *w;
+    const float *scale, *bias;
+    float *y;
+    const vec *x; /* in panels */
+    ptrdiff_t count, width, height, panels, parts;
+};
+
+/* Compute `rows` rows of w from row j on. */
+INLINE void block(const int half, const struct product *of, const int rows, ptrdiff_t j) {
+    const ptrdiff_t size = of->width * WEIGHT_BYTES(half), height = of->height;
+    const ptrdiff_t vectors = (of->width + STEP(half) - 1) / STEP(half) * PARTS(half);
+    const float *scale = of->scale ? of->scale + j : 0, *bias = of->bias ? of->bias + j : 0;
     /* Each panel prefetches its share of the next rows. */
     int share = 0;
-    while (panels >> (share + 1)) share++;
-    const ptrdiff_t whole = height / ROWS;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (ptrdiff_t s = 0; s < whole + height % ROWS; s++) {
-        const int rows = s < whole ? ROWS : 1;
-        const ptrdiff_t j = s < whole ? s * ROWS : s - whole + whole * ROWS;
-        for (ptrdiff_t p = 0; p < panels; p++) {
-            const ptrdiff_t i = p * count / panels, columns = (p + 1) * count / panels - i;
-            const vec *panel = (const vec *)scratch + i * steps * PARTS(half);
-            const char *next = w + (j + rows) * size + p * (size >> share);
-#define TILE(R, C)                                                                                 \
-    tile(R, C, half, panel, w + j * size, scale ? scale + j : 0, bias ? bias + j : 0,              \
-         y + i * height + j, width, height, next, share)
-#define ROW(C) rows == ROWS ? TILE(ROWS, C) : TILE(1, C)
-            switch (columns) {
-            case 1: ROW(1); break;
-            case 2: ROW(2); break;
-            case 3: ROW(3); break;
-            default: ROW(4);
-            }
+    while (of->panels >> (share + 1)) share++;
+    for (ptrdiff_t p = 0; p < of->panels; p++) {
+        const ptrdiff_t i = p * of->count / of->panels;
+        const char *next = of->w + (j + rows) * size + p * (size >> share);
+#define TILE(C)                                                                                    \
+    tile(rows, C, half, of->x + i * vectors, of->w + j * size, scale, bias, of->y + i * height + j, \
+         of->width, height, next, share)
+        switch ((p + 1) * of->count / of->panels - i) {
+        case 1: TILE(1); break;
+        case 2: TILE(2); break;
+        case 3: TILE(3); break;
+        default: TILE(4);
         }
     }
 }
 
+/* Compute one part of the rows of w: blocks of ROWS rows; the last part has the rest. */
+INLINE void compute_part(const int half, const struct product *of, ptrdiff_t part) {
+    const ptrdiff_t whole = of->height / ROWS, last = (part + 1) * whole / of->parts;
+    for (ptrdiff_t s = part * whole / of->parts; s < last; s++) block(half, of, ROWS, s * ROWS);
+    if (part + 1 == of->parts)
+        for (ptrdiff_t j = whole * ROWS; j < of->height; j++) block(half, of, 1, j);
+}
+
+static void compute_part_float(void *of, ptrdiff_t part) { compute_part(0, of, part); }
+static void compute_part_bfloat16(void *of, ptrdiff_t part) { compute_part(1, of, part); }
+
+INLINE void product(const int half, const char *x, const char *w, const float *scale,
+                    const float *bias, float *y, float *scratch, ptrdiff_t count, ptrdiff_t width,
+                    ptrdiff_t height, int threads) {
+    const ptrdiff_t panels = (count + COLUMNS - 1) / COLUMNS;
+    ptrdiff_t parts = height * width * WEIGHT_BYTES(half) * panels / PART_BYTES;
+    if (parts > threads * THREAD_PARTS) parts = threads * THREAD_PARTS;
+    if (parts < 1) parts = 1;
+    fill_panels(half, x, (vec *)scratch, count, width, panels);
+    struct product of = {w,     scale, bias,   y,      (const vec *)scratch,
+                         count, width, height, panels, parts};
+    pool_run(half ? compute_part_bfloat16 : compute_part_float, &of, parts, threads);
+}
+
+#define JOIN(name, type) name##_##type
+#define EXPORTED(name, type) JOIN(name, type)
+
 /* x [count, width] of one type; w [height, width] as the kernel stores it; scale and bias [height]
  * (or null) and y [count, height] float; scratch: count times (width rounded up to 32) floats. */
-void product_float(const void *x, const void *w, const float *scale, const float *bias, float *y,
-                   float *scratch, ptrdiff_t count, ptrdiff_t width, ptrdiff_t height,
-                   int threads) {
+void EXPORTED(NAME, float32)(const void *x, const void *w, const float *scale, const float *bias,
+                             float *y, float *scratch, ptrdiff_t count, ptrdiff_t width,
+                             ptrdiff_t height, int threads) {
     product(0, x, w, scale, bias, y, scratch, count, width, height, threads);
 }
 
-void product_bfloat16(const void *x, const void *w, const float *scale, const float *bias, float *y,
-                      float *scratch, ptrdiff_t count, ptrdiff_t width, ptrdiff_t height,
-                      int threads) {
+void EXPORTED(NAME, bfloat16)(const void *x, const void *w, const float *scale, const float *bias,
+                              float *y, float *scratch, ptrdiff_t count, ptrdiff_t width,
+                              ptrdiff_t height, int threads) {
     product(1, x, w, scale, bias, y, scratch, count, width, height, threads);
 }

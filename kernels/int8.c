@@ -2,6 +2,7 @@
  *
  * A code is exact as float and as bfloat16, so only sums and the final scaling round.
  */
+#define NAME int8
 #define WEIGHT_BYTES(half) 1
 #include "few_rows.h"
 

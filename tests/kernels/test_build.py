@@ -1,35 +1,33 @@
-"""Building C files on first use: without a compiler, with a broken one, in several processes."""
+"""The library of the kernels: which variant, and how it is had, with a compiler and without one."""
 
 from __future__ import annotations
 
-import ctypes
-import os
+import platform
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spectool.kernels import build, registry
+from spectool.kernels import build, cpu, registry, variants
 
-needs_compiler = pytest.mark.skipif(build.missing("dense") is not None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(variants.find_compiler() is None, reason="no C compiler here")
 
 
 @pytest.fixture
-def reason(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return `reason(PATH=…)`: why a process that has only this environment has no kernel."""
-    monkeypatch.setattr(build, "load_library", build.load_library.__wrapped__)
-
-    def find(**environment: str) -> str:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("CC", raising=False)
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            return str(registry.choose.__wrapped__("dense", "cpu", torch.float32))
-
-    return find
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replace the source by one line, what came along by nothing; return where libraries go."""
+    for name in ("FOLDER", "PREBUILT"):
+        monkeypatch.setattr(variants, name, tmp_path / name)
+        (tmp_path / name).mkdir()
+    (variants.FOLDER / "some.c").write_text("int one(void) { return 1; }")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(build.FORCED, raising=False)
+    for name in ("load_library", "load_variant"):
+        monkeypatch.setattr(build, name, getattr(build, name).__wrapped__)
+    return tmp_path / "cache/spectool/kernels"
 
 
 def write_compiler(path: Path, script: str) -> Path:
@@ -38,61 +36,135 @@ def write_compiler(path: Path, script: str) -> Path:
     return path
 
 
-def test_without_a_compiler_torch_computes(tmp_path: Path, reason: Callable[..., str]) -> None:
-    assert reason(PATH="/nowhere", XDG_CACHE_HOME=str(tmp_path)) == "torch (no C compiler)"
+def test_without_a_compiler_torch_computes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    # Zig's compiler, if it is installed.
+    monkeypatch.setitem(sys.modules, "ziglang", None)
+    assert str(registry.choose.__wrapped__("dense", "cpu", torch.float32)) == (
+        "torch (no C compiler; pip install 'spectool[cc]' brings one)"
+    )
 
 
-@needs_compiler
-def test_a_compiler_that_fails_is_reported(tmp_path: Path, reason: Callable[..., str]) -> None:
-    write_compiler(tmp_path / "cc", "exit 1")
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    found = reason(PATH=path, XDG_CACHE_HOME=str(tmp_path))
-    assert found == "torch (the C compiler cannot build the kernel)"
-    assert not list(tmp_path.rglob("*.so"))
+def test_a_compiler_that_fails_is_reported(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", str(write_compiler(tmp_path / "cc", "exit 1")))
+    best = build.supported()[0].name
+    assert build.missing() == f"the C compiler cannot build the kernels for {best}"
+    assert not list(cache.iterdir())
 
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_is_named(
-    tmp_path: Path, reason: Callable[..., str]
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = tmp_path / "file"
-    cache.touch()
-    found = reason(PATH=os.environ["PATH"], XDG_CACHE_HOME=str(cache))
-    assert str(cache) in found and "compiler" not in found
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = build.missing()
+    assert found is not None and str(tmp_path / "file") in found and "compiler" not in found
 
 
-def test_another_compiler_builds_another_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_compiler_or_source_is_another_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compilers of which each writes its name, and its last word is where."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = []
-    for name, source in (("one", "int8"), ("two", "int8"), ("two", "dense")):
-        script = f'for last; do :; done; echo {name} > "$last"'
-        monkeypatch.setenv("CC", str(write_compiler(tmp_path / name, script)))
-        built.append(build.build_library(source))
-    assert [path.read_text() for path in built] == ["one\n", "two\n", "two\n"]
-    assert len(set(built)) == 3
+    compilers = {
+        name: write_compiler(tmp_path / name, f'for last; do :; done; echo {name} > "$last"')
+        for name in ("one", "two")
+    }
+    for name, text in (("one", "a"), ("two", "a"), ("two", "a"), ("two", "b")):
+        (variants.FOLDER / "some.c").write_text(text)
+        monkeypatch.setenv("CC", str(compilers[name]))
+        assert build.missing() is not None
+    assert sorted(path.read_text() for path in cache.iterdir()) == ["one\n", "two\n", "two\n"]
 
 
 @needs_compiler
 def test_several_processes_may_build_at_the_same_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole build runs between two steps of another."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_FLAGS", ("-O0", *build._FLAGS[1:]))
-    original, others = subprocess.run, []
+    """A whole build runs after the compiler of another has, and before its library is in place."""
+    original, calls = subprocess.run, []
 
     def run(words: list[object], **options: Any) -> Any:
         done = original(words, **options)
-        if not others:
-            others.append(None)
-            others[0] = build.build_library("dense")
+        calls.append(words)
+        if len(calls) == 1:
+            assert build.missing() is None
         return done
 
     monkeypatch.setattr(subprocess, "run", run)
-    built = build.build_library("dense")
-    assert others == [built]
-    assert [path.name for path in (tmp_path / "spectool/kernels").iterdir()] == [built.name]
-    ctypes.CDLL(str(built))
+    assert build.missing() is None
+    assert len(calls) == 2 and len(list(cache.iterdir())) == 1
+
+
+AVX512 = "avx512f avx512bw avx512dq avx512vl avx512_vnni"
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "names"),
+    [
+        ("x86_64", "sse2", ["portable"]),
+        ("x86_64", "avx2 fma f16c", ["avx2", "portable"]),
+        # Some virtual machines hide a flag of those that come together.
+        ("x86_64", "avx2 f16c avx_vnni", ["portable"]),
+        ("x86_64", "avx2 fma f16c avx_vnni", ["avxvnni", "avx2", "portable"]),
+        ("x86_64", "avx2 fma f16c avx512f avx512bw", ["avx2", "portable"]),
+        ("x86_64", f"avx2 fma f16c {AVX512}", ["avx512", "avx2", "portable"]),
+        (
+            "x86_64",
+            f"avx2 fma f16c {AVX512} avx512vbmi avx512_bf16 avx_vnni",
+            ["avx512bf16", "avx512", "avxvnni", "avx2", "portable"],
+        ),
+        ("aarch64", "fp asimd", ["portable"]),
+        ("aarch64", "fp asimd asimddp i8mm", ["i8mm", "dotprod", "portable"]),
+        ("riscv64", "", ["portable"]),
+        ("x86_64", None, ["portable"]),
+    ],
+)
+def test_the_variants_are_those_that_the_processor_runs(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: str | None, names: list[str]
+) -> None:
+    known = None if flags is None else frozenset(flags.split())
+    monkeypatch.setattr(cpu, "flags", lambda: known)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert [variant.name for variant in build.supported()] == names
+
+
+@needs_compiler
+def test_a_variant_can_be_forced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.FORCED, "portable")
+    found = build.load_library()
+    assert isinstance(found, build.Library) and found.variant.name == "portable"
+    assert [path.name.split("-")[1] for path in cache.iterdir()] == ["portable"]
+    monkeypatch.setenv(build.FORCED, "sse9")
+    assert str(build.load_library()).startswith("SPECTOOL_KERNELS=sse9: this machine can run ")
+
+
+@needs_compiler
+def test_a_library_that_came_along_is_used_if_it_fits_the_source(cache: Path) -> None:
+    """And one that cannot be loaded is compiled anew."""
+    compiler, best = variants.find_compiler(), build.supported()[0]
+    assert compiler is not None
+    prebuilt = variants.PREBUILT / f"{variants.library_name(platform.machine(), best)}.so"
+
+    def origin() -> str:
+        found = build.load_library()
+        assert isinstance(found, build.Library)
+        return found.origin
+
+    prebuilt.write_text("linked for another machine")
+    assert origin().startswith("compiled by") and len(list(cache.iterdir())) == 1
+    prebuilt.unlink()
+    variants.compile_library(compiler, best, prebuilt)
+    assert origin() == "prebuilt"
+    (variants.FOLDER / "some.c").write_text("int two(void) { return 2; }")
+    assert origin().startswith("compiled by") and len(list(cache.iterdir())) == 2
+
+
+def test_nothing_links_openmp() -> None:
+    """The threads of two pools would spin against each other."""
+    for path in variants.FOLDER.glob("*.[ch]"):
+        assert "#pragma omp" not in path.read_text() and "<omp.h>" not in path.read_text()
+    assert not any("openmp" in option for option in variants._OPTIONS)
