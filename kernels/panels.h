@@ -1,0 +1,166 @@
+/* What products.c is given, and how it stores activations.
+ *
+ * A panel of C rows of activations is stored for each segment as
+ * int8: bytes [chunks, 8, C, 4], then the scale and the sum of each block [blocks, 2, C];
+ * exact: floats [chunks, 32, C], then the sum of each block [blocks, C].
+ */
+#ifndef SPECTOOL_PANELS_H
+#define SPECTOOL_PANELS_H
+
+#include "vectors.h"
+
+#define SLICES 8
+#define CHUNK 32
+#define BLOCK 128
+#define BLOCK_SLICES (BLOCK / 4)
+#define STRIP 4
+/* Rows whose sums a task keeps; more rows are computed in parts. */
+#define MOST_ROWS 128
+
+enum precision { EXACT, INT8 };
+/* How a code becomes a value. TABLE: 16 levels. CENTERED: 16 levels less the zero. PLAIN: the code
+ * less the zero. PAIRED: 32 levels, the upper ones where the neighbour in a pair is 8. COLUMN: 16
+ * levels of each input. int8 products know TABLE (8-bit levels plus 128), CENTERED and PLAIN. */
+enum kind { TABLE, CENTERED, PLAIN, PAIRED, COLUMN };
+enum type { FLOAT, BFLOAT16, HALF };
+
+struct block {
+    int32_t chunks, group;
+};
+
+struct segment {
+    const uint8_t *codes;       /* [strips, chunks, 4, bits, 64] */
+    const void *scale;          /* [strips, groups, 4, 16] of `parameters` */
+    const void *zero, *offset;  /* the same, or null */
+    const float *levels;        /* exact: [tables, 16 or 32], or [chunks, 32, 16] by input */
+    const uint8_t *byte_levels; /* int8: [tables, 64], 16 levels four times; or null */
+    const float *level_scale;   /* int8: [tables], with `byte_levels` */
+    const int32_t *table;       /* [strips, 4]: the table of a tile; null: the first */
+    const struct block *blocks; /* [num_blocks] */
+    const int32_t *columns;     /* [chunks, 32]: the inputs, -1 for padding; null: in order */
+    const float *column_scale;  /* [chunks, 32] or null */
+    int32_t num_blocks, chunks, groups, bits, kind, parameters;
+    int32_t center; /* int8: subtracted from every unsigned value */
+};
+
+struct product {
+    const struct segment *segments;
+    const void *x;        /* [N, m] of `type` */
+    const int32_t *order; /* [strips, 4, 16]: the outputs, -1 for padding; null: in order */
+    const float *bias;    /* [n] or null */
+    void *y;              /* [N, n] of `type` */
+    char *scratch;        /* N times `row_bytes` */
+    ptrdiff_t num_rows, num_inputs, num_outputs, num_tiles, row_bytes;
+    int32_t num_segments, precision, type, threads;
+};
+
+INLINE float read(const void *x, ptrdiff_t at, int type) {
+    if (type == FLOAT) return ((const float *)x)[at];
+    const uint32_t bits = (uint32_t)((const uint16_t *)x)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE ptrdiff_t panel_bytes(const struct segment *s, int precision) {
+    return precision == INT8 ? (ptrdiff_t)s->chunks * CHUNK + (ptrdiff_t)s->num_blocks * 8
+                             : (ptrdiff_t)s->chunks * CHUNK * 4 + (ptrdiff_t)s->num_blocks * 4;
+}
+
+/* Copy the inputs of one block of a row into `out`; inputs of padding are zeros. */
+INLINE void gather(const struct product *p, const struct segment *s, ptrdiff_t row, ptrdiff_t begin,
+                   int count, float *out) {
+    const ptrdiff_t base = row * p->num_inputs;
+    if (s->columns == 0)
+        for (int k = 0; k < count; k++) out[k] = read(p->x, base + begin + k, p->type);
+    else
+        for (int k = 0; k < count; k++) {
+            const int32_t column = s->columns[begin + k];
+            out[k] = column < 0 ? 0 : read(p->x, base + column, p->type);
+        }
+    if (s->column_scale)
+        for (int k = 0; k < count; k++) out[k] *= s->column_scale[begin + k];
+}
+
+/* The largest magnitude; NaN if there is one, as its bits are the largest. */
+INLINE float largest(const float *x, int count) {
+    uint32_t most = 0, bits;
+    for (int k = 0; k < count; k++) {
+        memcpy(&bits, x + k, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float value;
+    memcpy(&value, &most, sizeof value);
+    return value;
+}
+
+/* Round to the nearest integer, ties to even, |v| < 2^22: the addition drops the fraction. */
+INLINE float nearest(float v) {
+    const float magic = 12582912.0f;
+    volatile float shifted = v + magic;
+    return shifted - magic;
+}
+
+INLINE void pack_int8(const float *x, int count, int columns, int8_t *out, float *scale,
+                      int32_t *sum) {
+    /* Below, the quotient would not be finite. */
+    const float most = largest(x, count), inverse = most > 1e-36f ? 127.0f / most : 0;
+    int32_t total = 0;
+    for (int k = 0; k < count; k++) {
+        /* Not finite: the scale carries it, and the codes do not matter. */
+        const float scaled = x[k] * inverse;
+        const int32_t code = scaled >= -127.5f && scaled <= 127.5f ? (int32_t)nearest(scaled) : 0;
+        out[(k / 4) * columns * 4 + k % 4] = (int8_t)code;
+        total += code;
+    }
+    *scale = most / 127.0f;
+    *sum = total;
+}
+
+INLINE ptrdiff_t num_panels(const struct product *p) {
+    return p->num_rows <= NARROW ? 1 : (p->num_rows + COLUMNS - 1) / COLUMNS;
+}
+
+INLINE void panel_of(const struct product *p, ptrdiff_t panel, ptrdiff_t *first, int *columns) {
+    const ptrdiff_t panels = num_panels(p);
+    *first = panel * p->num_rows / panels;
+    *columns = (int)((panel + 1) * p->num_rows / panels - *first);
+}
+
+static void pack_panel(void *context, ptrdiff_t panel) {
+    const struct product *p = context;
+    ptrdiff_t first;
+    int columns;
+    panel_of(p, panel, &first, &columns);
+    char *out = p->scratch + first * p->row_bytes;
+    float x[BLOCK];
+    for (int i = 0; i < p->num_segments; i++) {
+        const struct segment *s = p->segments + i;
+        const ptrdiff_t unit = p->precision == INT8 ? 1 : 4;
+        char *ends = out + (ptrdiff_t)s->chunks * CHUNK * unit * columns;
+        for (int c = 0; c < columns; c++) {
+            ptrdiff_t begin = 0;
+            for (int b = 0; b < s->num_blocks; b++) {
+                const int count = s->blocks[b].chunks * CHUNK;
+                gather(p, s, first + c, begin, count, x);
+                if (p->precision == INT8) {
+                    pack_int8(x, count, columns, (int8_t *)out + begin * columns + c * 4,
+                              (float *)ends + 2 * b * columns + c,
+                              (int32_t *)ends + (2 * b + 1) * columns + c);
+                } else {
+                    float total = 0;
+                    for (int k = 0; k < count; k++) {
+                        ((float *)out)[(begin + k) * columns + c] = x[k];
+                        total += x[k];
+                    }
+                    ((float *)ends)[b * columns + c] = total;
+                }
+                begin += count;
+            }
+        }
+        out += panel_bytes(s, p->precision) * columns;
+    }
+}
+
+#endif

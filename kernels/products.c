@@ -1,0 +1,123 @@
+/* Products of activations with packed matrices, in two precisions.
+ *
+ * exact  y = sum over blocks of scale (sum of (level - zero) x) + offset (sum of x), in float32,
+ *        each block by fused multiply-add in the order of its inputs.
+ * int8   activations are rounded to 8 bits by row and block; a block's sum of products is an exact
+ *        integer, which is scaled and added in float32, without fused multiply-add.
+ *
+ * A matrix is a list of segments, columns whose codes have one width. Outputs are in tiles of 16,
+ * tiles in strips of 4, which memory holds as one stream. A group, whose weights share a scale, is
+ * padded to chunks of 32 inputs; a block is a group or a part of one of at most BLOCK inputs. A
+ * chunk of a tile has a line of 64 bytes a bit. A line has four bytes an output, for four inputs:
+ * of 8 bits one code a byte, of 4, 2 or 1 bits the codes of 2, 4 or 8 such slices, the first in the
+ * lowest bits. Other widths are planes of 4, 2 and 1 bits, the lowest bits first.
+ *
+ * The order of all sums of a row is fixed, so the row does not depend on its mates, on the number
+ * of threads or on the variant of this code. A block is unpacked once for all rows.
+ *
+ * Shapes: N rows of activations, m inputs, n outputs.
+ */
+#include "pool.h"
+#include "tiles.h"
+
+/* Unpack one block of the first `tiles` tiles of a strip, with levels and parameters. */
+static void prepare(const struct segment *s, ptrdiff_t strip, ptrdiff_t chunk,
+                    const struct block *block, int tiles, struct weights *w) {
+    unpack_block(s->codes + (strip * s->chunks + chunk) * STRIP * s->bits * LINE, s->bits,
+                 block->chunks, tiles, w);
+    for (int v = 0; v < tiles; v++) {
+        const int table = s->table ? s->table[strip * STRIP + v] : 0;
+        w->scale[v] = parameters(s, s->scale, strip, block->group, v);
+        w->zero[v] =
+            s->zero ? parameters(s, s->zero, strip, block->group, v) : splat((float)s->center);
+        if (s->offset) w->offset[v] = parameters(s, s->offset, strip, block->group, v);
+        if (s->kind == COLUMN)
+            w->levels[v] = s->levels + chunk * CHUNK * LANES;
+        else if (s->levels)
+            w->levels[v] = s->levels + table * (s->kind == PAIRED ? 2 : 1) * LANES;
+        if (s->byte_levels) {
+            const ints levels = load_ints(s->byte_levels + table * LINE);
+            w->scale[v] = multiply(w->scale[v], splat(s->level_scale[table]));
+            for (int i = 0; i < w->slices; i++)
+                w->codes[i][v] = look_up_bytes(levels, w->codes[i][v]);
+        }
+        if (s->kind == PAIRED)
+            for (int i = 0; i < w->slices; i++)
+                w->codes[i][v] = either(w->codes[i][v], mark_neighbours(w->codes[i][v]));
+    }
+    /* Tiles that there are not are computed with those that there are, and not stored. */
+    for (int v = tiles; v < STRIP; v++) w->levels[v] = w->levels[0];
+}
+
+INLINE void store(const struct product *p, ptrdiff_t row, ptrdiff_t output, float value) {
+    if (p->bias) value += p->bias[output];
+    const ptrdiff_t at = row * p->num_outputs + output;
+    if (p->type == FLOAT) {
+        ((float *)p->y)[at] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    /* To the nearest, ties to even; NaN stays NaN. */
+    bits = value != value ? 0x7fc0u << 16 : bits + 0x7fff + (bits >> 16 & 1);
+    ((uint16_t *)p->y)[at] = (uint16_t)(bits >> 16);
+}
+
+static void store_tile(const struct product *p, ptrdiff_t tile, ptrdiff_t row, const float *sum) {
+    const ptrdiff_t left = p->num_outputs - tile * LANES;
+    if (p->order) {
+        for (int i = 0; i < LANES; i++)
+            if (p->order[tile * LANES + i] >= 0) store(p, row, p->order[tile * LANES + i], sum[i]);
+    } else {
+        for (int i = 0; i < (left < LANES ? left : LANES); i++)
+            store(p, row, tile * LANES + i, sum[i]);
+    }
+}
+
+/* Compute a strip of outputs for all rows. */
+static void multiply_strip(void *context, ptrdiff_t strip) {
+    const struct product *p = context;
+    const int is_narrow = p->num_rows <= NARROW;
+    const int height = is_narrow ? TALL : WIDE;
+    const ptrdiff_t panels = num_panels(p), left = p->num_tiles - strip * STRIP;
+    const int tiles = left < STRIP ? (int)left : STRIP;
+    struct weights w;
+    float sums[MOST_ROWS * STRIP * LANES];
+    memset(&w, 0, sizeof w);
+    memset(sums, 0, sizeof *sums * p->num_rows * STRIP * LANES);
+    ptrdiff_t past = 0; /* bytes of a row's activations of earlier segments */
+    for (int i = 0; i < p->num_segments; i++) {
+        const struct segment *s = p->segments + i;
+        block_function *const *run = functions(s, p->precision, is_narrow);
+        ptrdiff_t chunk = 0;
+        for (int b = 0; b < s->num_blocks; b++) {
+            prepare(s, strip, chunk, s->blocks + b, tiles, &w);
+            for (ptrdiff_t panel = 0; panel < panels; panel++) {
+                ptrdiff_t row;
+                int columns;
+                panel_of(p, panel, &row, &columns);
+                for (int first = 0; first < tiles; first += height)
+                    run[columns - 1](first, s, &w, p->scratch + row * p->row_bytes + past * columns,
+                                     chunk * CHUNK, b, sums + row * STRIP * LANES);
+            }
+            chunk += s->blocks[b].chunks;
+        }
+        past += panel_bytes(s, p->precision);
+    }
+    for (ptrdiff_t row = 0; row < p->num_rows; row++)
+        for (int v = 0; v < tiles; v++)
+            store_tile(p, strip * STRIP + v, row, sums + (row * STRIP + v) * LANES);
+}
+
+/* Compute y = x W^T + bias. */
+void spectool_product(const struct product *given) {
+    const ptrdiff_t unit = given->type == FLOAT ? 4 : 2;
+    for (ptrdiff_t row = 0; row < given->num_rows; row += MOST_ROWS) {
+        struct product p = *given;
+        p.x = (const char *)given->x + row * p.num_inputs * unit;
+        p.y = (char *)given->y + row * p.num_outputs * unit;
+        p.num_rows = given->num_rows - row < MOST_ROWS ? given->num_rows - row : MOST_ROWS;
+        pool_run(pack_panel, &p, num_panels(&p), p.num_rows < 16 ? 1 : p.threads);
+        pool_run(multiply_strip, &p, (p.num_tiles + STRIP - 1) / STRIP, p.threads);
+    }
+}

@@ -1,0 +1,382 @@
+"""Products with packed matrices on a CPU (`products.c`), and their specification in torch.
+
+Two precisions, in both of which a row's result does not depend on the other rows:
+
+exact: activations in their dtype, sums in float32. int8: activations are rounded to 8 bits, by row
+and block of at most 128 columns; levels of codebooks are rounded to 8 bits too. Sums of a block are
+integers.
+
+Shapes: n outputs, m inputs, N rows, k columns of a segment, g groups, b blocks, c columns of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectool.kernels import build
+from spectool.kernels.layout import (
+    CHUNK,
+    STRIP,
+    STRIP_OUTPUTS,
+    TILE,
+    chunk_columns,
+    from_lines,
+    to_lines,
+)
+from spectool.kernels.segments import Segment, assemble
+
+Precision = Literal["exact", "int8"]
+
+# Columns whose activations share a scale in int8 products, and rows of one pass over a matrix: as
+# in products.c.
+BLOCK, MOST_ROWS = 128, 128
+PARAMETERS = "scale", "zero", "offset"
+# Unsigned bytes hold levels from -128 on.
+_LEVEL_CENTER = 128
+# Positions of `enum kind`, `enum type` and `enum precision` in products.c.
+_TABLE, _CENTERED, _PLAIN, _PAIRED, _COLUMN = range(5)
+_FLOAT, _BFLOAT16, _HALF = range(3)
+_EXACT, _INT8 = range(2)
+_TYPES = {torch.float32: _FLOAT, torch.bfloat16: _BFLOAT16}
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "offset", "levels")),
+        *((name, ctypes.c_void_p) for name in ("byte_levels", "level_scale", "table", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("columns", "column_scale")),
+        *((name, ctypes.c_int32) for name in ("num_blocks", "chunks", "groups", "bits", "kind")),
+        *((name, ctypes.c_int32) for name in ("parameters", "center")),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("segments", "x", "order", "bias", "y", "scratch")),
+        *((name, ctypes.c_ssize_t) for name in ("num_rows", "num_inputs", "num_outputs")),
+        *((name, ctypes.c_ssize_t) for name in ("num_tiles", "row_bytes")),
+        *((name, ctypes.c_int32) for name in ("num_segments", "precision", "type", "threads")),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A segment as products.c reads it: tensors and numbers by their names there.
+
+    `place` [C 32]: the column of each place, -1 for padding. `plain`: the segment without its codes
+    and what is in `tensors`.
+    """
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, int]
+    place: Tensor
+    plain: Segment
+
+
+class PackedProduct:
+    """The product with one matrix [n, m], whose codes are laid out anew.
+
+    `precision` must be one of `precisions(segments)`.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], shape: tuple[int, int], precision: Precision
+    ) -> None:
+        assert precision in precisions(segments)
+        self.shape, self.precision = shape, precision
+        self._order_P = _order_outputs(segments)
+        num_places = shape[0] if self._order_P is None else len(self._order_P)
+        self._num_tiles = -(-num_places // TILE)
+        self._parts = [_lay_out(segment, self._order_P, precision) for segment in segments]
+        unit, end = (1, 8) if precision == "int8" else (4, 4)
+        self._row_bytes = sum(
+            part.numbers["chunks"] * CHUNK * unit + part.numbers["num_blocks"] * end
+            for part in self._parts
+        )
+        self._segments = (_Segment * len(self._parts))()
+        for structure, part in zip(self._segments, self._parts, strict=True):
+            for name, tensor in part.tensors.items():
+                setattr(structure, name, tensor.data_ptr())
+            for name, number in part.numbers.items():
+                setattr(structure, name, number)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the matrix as it is held."""
+        return sum(tensor.nbytes for part in self._parts for tensor in part.tensors.values())
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x [..., m], float32 or bfloat16, times the matrix transposed, plus bias [n].
+
+        Inference only; the result is in x's dtype.
+        """
+        n, m = self.shape
+        x_Nm = x.reshape(-1, m).contiguous()
+        y_Nn = torch.empty(len(x_Nm), n, dtype=x.dtype)
+        scratch = torch.empty(min(len(x_Nm), MOST_ROWS) * self._row_bytes, dtype=torch.uint8)
+        bias_n = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        given = _Product(
+            segments=ctypes.addressof(self._segments),
+            x=x_Nm.data_ptr(),
+            order=None if self._order_P is None else self._order_P.data_ptr(),
+            bias=None if bias_n is None else bias_n.data_ptr(),
+            y=y_Nn.data_ptr(),
+            scratch=scratch.data_ptr(),
+            num_rows=len(x_Nm),
+            num_inputs=m,
+            num_outputs=n,
+            num_tiles=self._num_tiles,
+            row_bytes=self._row_bytes,
+            num_segments=len(self._parts),
+            precision=_INT8 if self.precision == "int8" else _EXACT,
+            type=_TYPES[x.dtype],
+            threads=torch.get_num_threads(),
+        )
+        _load()(ctypes.byref(given))
+        return y_Nn.view(*x.shape[:-1], n)
+
+    def rows(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Unpack some outputs, a slice or their numbers, in float32 [N, m]."""
+        n, m = self.shape
+        rows_N = torch.arange(n)[rows] if isinstance(rows, slice) else rows
+        place_N = _places(self._order_P, n)[rows_N]
+        return assemble([_unpack(part, place_N) for part in self._parts], (len(rows_N), m))
+
+
+def precisions(segments: Sequence[Segment]) -> tuple[Precision, ...]:
+    """Return the precisions that there are products in."""
+    # 8 bits do not represent the levels of pairs, nor can bytes look up levels by column.
+    has_integers = all(part.column_levels is None and not part.paired for part in segments)
+    return ("exact", "int8") if has_integers else ("exact",)
+
+
+def _order_outputs(segments: Sequence[Segment]) -> Tensor | None:
+    """Order outputs so that a tile has one codebook [64 S], -1 for padding; None: as they are."""
+    tables = [segment.table for segment in segments if segment.table is not None]
+    if not tables:
+        return None
+    assert len(tables) == 1, "one segment at most has codebooks by row"
+    parts = []
+    for table in sorted(set(tables[0].tolist())):
+        rows = (tables[0] == table).nonzero()[:, 0]
+        parts.append(F.pad(rows, (0, -len(rows) % TILE), value=-1))
+    order = torch.cat(parts).int()
+    return F.pad(order, (0, -len(order) % STRIP_OUTPUTS), value=-1)
+
+
+def _places(order_P: Tensor | None, n: int) -> Tensor:
+    """Return the place of each output [n] in the order of tiles."""
+    place_n = torch.arange(n)
+    if order_P is not None:
+        used = (order_P >= 0).nonzero()[:, 0]
+        place_n[order_P[used].long()] = used
+    return place_n
+
+
+def _in_order(values_n: Tensor, order_P: Tensor | None) -> Tensor:
+    """Return the rows of a tensor [n, ...] in the order of tiles, with zeros for padding."""
+    if order_P is None:
+        padding = values_n.new_zeros(-len(values_n) % STRIP_OUTPUTS, *values_n.shape[1:])
+        return torch.cat([values_n, padding]) if len(padding) else values_n
+    ordered_P = values_n[order_P.clamp(min=0).long()]
+    ordered_P[order_P < 0] = 0
+    return ordered_P
+
+
+def _lay_out(segment: Segment, order_P: Tensor | None, precision: Precision) -> _Part:
+    """Lay a segment out as products.c reads it."""
+    k = segment.codes.shape[1]
+    place = chunk_columns(k, segment.group_size)
+    is_padded = bool((place < 0).any())
+    codes = _in_order(segment.codes, order_P)
+    if is_padded:
+        codes = codes[:, place.clamp(min=0)] * (place >= 0)
+    tensors = {"codes": to_lines(codes, segment.bits)}
+    kind = _add_levels(segment, precision, place, tensors)
+    parameters = {
+        name: values for name in PARAMETERS if (values := getattr(segment, name)) is not None
+    }
+    is_half = all(_fits_half(values) for values in parameters.values())
+    for name, values_ng in parameters.items():
+        ordered_Pg = _in_order(values_ng.half() if is_half else values_ng, order_P)
+        by_tile = ordered_Pg.view(-1, STRIP, TILE, ordered_Pg.shape[1]).permute(0, 3, 1, 2)
+        tensors[name] = by_tile.contiguous()
+    if segment.table is not None:
+        tensors["table"] = _in_order(segment.table, order_P).view(-1, TILE).amax(1).int()
+    if segment.columns is not None or is_padded:
+        columns_k = torch.arange(k) if segment.columns is None else segment.columns
+        tensors["columns"] = torch.where(place >= 0, columns_k[place.clamp(min=0)], -1).int()
+    if segment.column_scale is not None:
+        tensors["column_scale"] = segment.column_scale.float()[place.clamp(min=0)]
+    blocks = [(-(-(end - begin) // CHUNK), group) for begin, end, group in _blocks(segment)]
+    tensors["blocks"] = torch.tensor(blocks, dtype=torch.int32)
+    has_byte_levels = precision == "int8" and segment.levels is not None
+    numbers = {
+        "num_blocks": len(blocks),
+        "chunks": len(place) // CHUNK,
+        "groups": segment.scale.shape[1],
+        "bits": segment.bits,
+        "kind": kind,
+        "parameters": _HALF if is_half else _FLOAT,
+        "center": _LEVEL_CENTER if has_byte_levels else segment.center,
+    }
+    # Of no memory, but of the segment's shape.
+    nothing = torch.zeros(1, 1, dtype=torch.uint8).expand(segment.codes.shape)
+    return _Part(tensors, numbers, place, replace(segment, codes=nothing))
+
+
+def _add_levels(
+    segment: Segment, precision: Precision, place: Tensor, tensors: dict[str, Tensor]
+) -> int:
+    """Add the levels of a segment to the tensors; return how codes become values."""
+    if precision == "int8":
+        if segment.levels is not None:
+            levels_tK, scale_t = round_levels(segment.levels)
+            codes_tK = (levels_tK + _LEVEL_CENTER).to(torch.uint8)
+            # A vector of 64 bytes holds the 16 levels four times.
+            tensors["byte_levels"] = F.pad(codes_tK, (0, 16 - codes_tK.shape[1])).repeat(1, 4)
+            tensors["level_scale"] = scale_t
+        return _PLAIN
+    if segment.column_levels is not None:
+        levels_kK = segment.column_levels
+        tensors["levels"] = F.pad(levels_kK, (0, 16 - levels_kK.shape[1]))[place.clamp(min=0)]
+        return _COLUMN
+    if segment.levels is not None:
+        width = 32 if segment.paired else 16
+        tensors["levels"] = F.pad(segment.levels, (0, width - segment.levels.shape[1]))
+        return _PAIRED if segment.paired else _TABLE
+    if segment.bits <= 4:
+        tensors["levels"] = torch.arange(16.0) - segment.center
+        return _TABLE if segment.zero is None else _CENTERED
+    return _PLAIN
+
+
+def round_levels(levels_tK: Tensor) -> tuple[Tensor, Tensor]:
+    """Round levels to integers from -127 to 127 [t, K]; also return the scale [t] of each table."""
+    scale_t = levels_tK.abs().amax(1) / 127
+    safe_t1 = torch.where(scale_t > 0, scale_t, 1.0)[:, None]
+    return (levels_tK / safe_t1).round_(), scale_t
+
+
+def _fits_half(values: Tensor) -> bool:
+    return bool((values.half().float() == values).all())
+
+
+def _blocks(segment: Segment) -> Iterator[tuple[int, int, int]]:
+    """Yield begin and end of each block of columns, and its group."""
+    k = segment.codes.shape[1]
+    for group, begin in enumerate(range(0, k, segment.group_size)):
+        end = min(begin + segment.group_size, k)
+        for start in range(begin, end, BLOCK):
+            yield start, min(start + BLOCK, end), group
+
+
+def _unpack(part: _Part, place_N: Tensor) -> Segment:
+    """Return the outputs at some places of the tiles, as a segment."""
+    strip_N, tile_N, lane_N = place_N // STRIP_OUTPUTS, place_N // TILE % STRIP, place_N % TILE
+    lines = part.tensors["codes"]
+    by_lane = lines.view(*lines.shape[:-1], TILE, -1)[strip_N, :, tile_N, :, lane_N]
+    codes = from_lines(by_lane, part.plain.bits)[:, part.place >= 0]
+    parameters: dict[str, Any] = {
+        name: part.tensors[name][strip_N, :, tile_N, lane_N].float()
+        for name in PARAMETERS
+        if name in part.tensors
+    }
+    if "table" in part.tensors:
+        parameters["table"] = part.tensors["table"][place_N // TILE].long()
+    return replace(part.plain, codes=codes, **parameters)
+
+
+def twin(
+    x: Tensor,
+    segments: Sequence[Segment],
+    shape: tuple[int, int],
+    precision: Precision,
+    bias: Tensor | None,
+) -> Tensor:
+    """Compute the product in torch: the specification of `PackedProduct`, slow.
+
+    int8 products equal it to the bit, exact ones except for the rounding of sums in float32.
+    """
+    bias_n = None if bias is None else bias.float()
+    if precision == "exact":
+        return F.linear(x.float(), assemble(segments, shape), bias_n).to(x.dtype)
+    x_Nm = x.reshape(-1, shape[1]).float()
+    y_Nn = torch.zeros(len(x_Nm), shape[0])
+    for segment in segments:
+        _add_integer_product(x_Nm, segment, y_Nn)
+    y_Nn = y_Nn if bias_n is None else y_Nn + bias_n
+    return y_Nn.to(x.dtype).view(*x.shape[:-1], shape[0])
+
+
+def _add_integer_product(x_Nm: Tensor, segment: Segment, y_Nn: Tensor) -> None:
+    """Add the int8 product with one segment."""
+    x_Nk = x_Nm if segment.columns is None else x_Nm[:, segment.columns]
+    if segment.column_scale is not None:
+        x_Nk = x_Nk * segment.column_scale
+    values_nk, scale_ng = segment.codes.double() - segment.center, segment.scale
+    if segment.levels is not None:
+        levels_tK, scale_t = round_levels(segment.levels)
+        table_n = torch.zeros(len(scale_ng)).long() if segment.table is None else segment.table
+        values_nk = levels_tK[table_n].gather(1, segment.codes.long()).double()
+        scale_ng = scale_ng * scale_t[table_n, None]
+    for begin, end, group in _blocks(segment):
+        part_Nc = x_Nk[:, begin:end]
+        most_N1 = part_Nc.abs().amax(1, keepdim=True)
+        # Of two tensors: torch divides a number by multiplying with a reciprocal.
+        inverse_N1 = torch.where(most_N1 > 1e-36, torch.full_like(most_N1, 127) / most_N1, 0)
+        codes_Nc = (part_Nc * inverse_N1).round_()
+        step_N1, total_N1 = most_N1 / 127, codes_Nc.sum(1, keepdim=True)
+        # Integers, and exact in double precision.
+        sums_Nn = (codes_Nc.double() @ values_nk[:, begin:end].T).float()
+        if segment.zero is not None:
+            sums_Nn = sums_Nn - total_N1 * segment.zero[:, group]
+        sums_Nn = sums_Nn * (scale_ng[:, group] * step_N1)
+        if segment.offset is not None:
+            sums_Nn = sums_Nn + segment.offset[:, group] * (total_N1 * step_N1)
+        y_Nn += sums_Nn
+
+
+def check() -> None:
+    """Compare small products with the specification.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Whole tiles and parts of one, whole chunks and parts of one, several blocks.
+    n, k = 77, 200
+    codes = torch.randint(16, (n, k), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(n, 1, generator=generator)
+    grid = Segment(codes=codes, bits=4, group_size=k, scale=scale, zero=(8 * scale).round())
+    levels = torch.randn(1, 16, generator=generator)
+    book = Segment(codes=codes, bits=4, group_size=k, scale=scale, levels=levels)
+    x_Nm = torch.randn(7, k, generator=generator)
+    for segment in (grid, book):
+        for precision in precisions([segment]):
+            found_Nn = PackedProduct([segment], (n, k), precision)(x_Nm, None)
+            expected_Nn = twin(x_Nm, [segment], (n, k), precision, None)
+            tolerance = 0.0 if precision == "int8" else 1e-5
+            if not (found_Nn - expected_Nn).norm() <= tolerance * expected_Nn.norm():
+                raise RuntimeError(
+                    f"the kernels compute wrong products on this machine ({precision}); please "
+                    "report it, with the output of spectool doctor"
+                )
+
+
+@functools.cache
+def _load() -> Any:
+    """Load the product of the library."""
+    library = build.load_library()
+    assert not isinstance(library, str), "the registry chooses kernels that can be had"
+    run = library.functions.spectool_product
+    run.argtypes, run.restype = [ctypes.c_void_p], None
+    return run

@@ -1,0 +1,192 @@
+"""Products with packed matrices against their specification, and a row against its mates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectool.kernels import build, products
+from spectool.kernels.layout import to_lines
+from spectool.kernels.products import PackedProduct, Precision, precisions, twin
+from spectool.kernels.segments import Segment, assemble
+
+pytestmark = pytest.mark.skipif(
+    build.missing() is not None, reason=f"no kernels here: {build.missing()}"
+)
+
+FORMS = ("center", "zero", "fraction", "offset", "float32", "levels", "tables", "column", "paired")
+MOST_BITS = {"levels": 4, "tables": 4, "column": 4}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make_segment(form: str, bits: int, n: int, k: int, group_size: int, seed: int) -> Segment:
+    """Make a segment of a form with random codes and parameters as float16 stores them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shape, top = (n, -(-k // group_size)), 2**bits
+    codes = torch.randint(top, (n, k), generator=generator, dtype=torch.uint8)
+    segment = Segment(
+        codes=codes, bits=bits, group_size=group_size, scale=normal(*shape).half().float()
+    )
+    whole = torch.randint(top, shape, generator=generator).float()
+    table = torch.randint(3, (n,), generator=generator)
+    forms = {
+        "center": lambda: replace(segment, center=top // 2),
+        "zero": lambda: replace(segment, zero=whole),
+        "fraction": lambda: replace(segment, zero=(whole + normal(*shape)).half().float()),
+        "offset": lambda: replace(segment, offset=normal(*shape)),
+        "float32": lambda: replace(segment, scale=normal(*shape)),
+        "levels": lambda: replace(segment, levels=normal(1, top)),
+        "tables": lambda: replace(segment, levels=normal(3, top), table=table),
+        "column": lambda: replace(segment, column_levels=normal(k, top)),
+        "paired": lambda: replace(segment, levels=normal(1, 32), paired=True),
+    }
+    return forms[form]()
+
+
+def check_product(
+    segments: list[Segment], x_Nm: Tensor, bias_n: Tensor | None, precision: Precision
+) -> None:
+    """Compare a product with its specification: to the bit, or to 1e-5 of the sum of |x| |w|."""
+    shape = len(segments[0].codes), x_Nm.shape[1]
+    product = PackedProduct(segments, shape, precision)
+    weight_nm = assemble(segments, shape)
+    assert torch.equal(product.rows(), weight_nm)
+    found_Nn = product(x_Nm, bias_n)
+    assert found_Nn.dtype == x_Nm.dtype
+    if precision == "int8":
+        expected_Nn = twin(x_Nm, segments, shape, precision, bias_n)
+        assert torch.equal(found_Nn.nan_to_num(7.0), expected_Nn.nan_to_num(7.0))
+        return
+    exact_Nn, size_Nn = (
+        x_Nm.double() @ weight_nm.double().T,
+        x_Nm.abs().double() @ weight_nm.abs().double().T,
+    )
+    if bias_n is not None:
+        exact_Nn, size_Nn = exact_Nn + bias_n, size_Nn + bias_n.abs()
+    # bfloat16 rounds the result to 8 bits.
+    rounding_Nn = 2.0**-8 * exact_Nn.abs() if x_Nm.dtype == torch.bfloat16 else 0.0
+    assert bool(((found_Nn - exact_Nn).abs() <= 1e-5 * size_Nn + rounding_Nn).all())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_products_are_those_of_the_specification(data: st.DataObject) -> None:
+    form = data.draw(st.sampled_from(FORMS))
+    bits = 4 if form == "paired" else data.draw(st.integers(1, MOST_BITS.get(form, 8)))
+    n, k = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 160)) * 2
+    group_size = data.draw(st.integers(1, 300)) if form != "paired" else 2 * k
+    segment = make_segment(form, bits, n, k, group_size, data.draw(st.integers(0, 1 << 20)))
+    if data.draw(st.booleans()):
+        # Codes that hypothesis likes: repeated, extreme.
+        few = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=5))
+        index = torch.arange(n * k).view(n, k) % len(few)
+        segment = replace(segment, codes=torch.tensor(few, dtype=torch.uint8)[index])
+    num_rows = data.draw(st.integers(1, 70))
+    generator = torch.Generator().manual_seed(k)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    x_Nm = torch.randn(num_rows, k, generator=generator).to(dtype)
+    bias_n = torch.randn(n, generator=generator) if data.draw(st.booleans()) else None
+    torch.set_num_threads(data.draw(st.integers(1, 3)))
+    precision = data.draw(st.sampled_from(precisions([segment])))
+    check_product([segment], x_Nm, bias_n, precision)
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("num_rows", [1, 5, 19])
+def test_segments_read_their_own_columns(precision: Precision, num_rows: int) -> None:
+    order = torch.randperm(170, generator=torch.Generator().manual_seed(0))
+    high = make_segment("zero", 4, 37, 44, 44, seed=1)
+    low = make_segment("offset", 1, 37, 126, 126, seed=2)
+    segments = [
+        replace(high, columns=order[:44]),
+        replace(low, columns=order[44:], column_scale=torch.rand(126) + 0.5),
+    ]
+    x_Nm = torch.randn(num_rows, 170, generator=torch.Generator().manual_seed(3))
+    check_product(segments, x_Nm, None, precision)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-36, 3e38, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("form", ["zero", "levels", "offset"])
+def test_activations_of_any_size(value: float, form: str) -> None:
+    segment = make_segment(form, 4, 20, 96, 32, seed=4)
+    x_Nm = torch.randn(6, 96, generator=torch.Generator().manual_seed(5))
+    x_Nm[2], x_Nm[4, 40] = value, value
+    check_product([segment], x_Nm, None, "int8")
+    found_Nn = PackedProduct([segment], (20, 96), "exact")(x_Nm, None)
+    others = [0, 1, 3, 5]
+    check_product([segment], x_Nm[others], None, "exact")
+    assert bool(found_Nn[others].isfinite().all())
+    assert bool(found_Nn[4].isfinite().all()) == (abs(value) < 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("form", ["zero", "tables"])
+def test_a_row_does_not_depend_on_its_mates(
+    form: str, precision: Precision, dtype: torch.dtype
+) -> None:
+    segment = make_segment(form, 3, 130, 200, 64, seed=6)
+    product = PackedProduct([segment], (130, 200), precision)
+    x_Nm = torch.randn(200, 200, generator=torch.Generator().manual_seed(7)).to(dtype)
+    bias_n = torch.randn(130)
+    torch.set_num_threads(1)
+    together_Nn = product(x_Nm, bias_n)
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        for width in range(1, 65):
+            begin = (7 * width) % (200 - width)
+            part_Nn = product(x_Nm[begin : begin + width], bias_n)
+            assert torch.equal(part_Nn, together_Nn[begin : begin + width])
+
+
+def test_strided_activations_and_biases_are_read_as_their_values() -> None:
+    segment = make_segment("zero", 4, 42, 124, 32, seed=8)
+    product = PackedProduct([segment], (42, 124), "exact")
+    x_Nm, bias_n = torch.randn(5, 124), torch.randn(42)
+    found_Nn = product(x_Nm.T.contiguous().T, bias_n.repeat(2, 1).T.contiguous()[:, 0])
+    assert torch.equal(found_Nn, product(x_Nm, bias_n))
+    nested = product(x_Nm[:4].view(2, 2, 124), bias_n)
+    assert torch.equal(nested.view(4, 42), found_Nn[:4])
+
+
+def test_some_outputs_are_unpacked() -> None:
+    segment = make_segment("tables", 2, 90, 70, 32, seed=9)
+    product = PackedProduct([segment], (90, 70), "int8")
+    weight_nm, some = assemble([segment], (90, 70)), torch.tensor([89, 0, 17, 17])
+    assert torch.equal(product.rows(some), weight_nm[some])
+    assert torch.equal(product.rows(slice(3, 60, 2)), weight_nm[3:60:2])
+
+
+def test_columns_and_pairs_have_exact_products_only() -> None:
+    assert precisions([make_segment("column", 3, 8, 8, 8, seed=0)]) == ("exact",)
+    assert precisions([make_segment("paired", 4, 8, 8, 8, seed=0)]) == ("exact",)
+    assert precisions([make_segment("zero", 4, 8, 8, 8, seed=0)]) == ("exact", "int8")
+
+
+def test_a_packed_matrix_takes_the_memory_of_its_codes_and_scales() -> None:
+    segment = make_segment("zero", 4, 256, 1024, 128, seed=0)
+    bits = 8 * PackedProduct([segment], (256, 1024), "int8").nbytes / (256 * 1024)
+    assert 4.25 <= bits <= 4.26
+
+
+def test_wrong_products_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    products.check()
+    monkeypatch.setattr(products, "to_lines", lambda codes, bits: to_lines(codes.flip(1), bits))
+    with pytest.raises(RuntimeError, match="compute wrong products on this machine"):
+        products.check()
