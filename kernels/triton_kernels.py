@@ -18,15 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SLICE = tl.constexpr(32)
-_SLICES = tl.constexpr(8)
-# Outputs and rows of a tile, as matrix units take them: 16 rows cost what one does.
-_WIDE = tl.constexpr(64)
-_ROWS = tl.constexpr(16)
-# Sums per program of `sum_partials`.
-_SUMS = tl.constexpr(1024)
+from spectool.kernels.triton_products import ROWS, SLICE, SLICES, SUMS, WIDE
 
-WIDE, ROWS, SUMS = _WIDE.value, _ROWS.value, _SUMS.value
+_SLICE, _SLICES, _WIDE, _ROWS, _SUMS = map(tl.constexpr, (SLICE, SLICES, WIDE, ROWS, SUMS))
 FLOAT32, BFLOAT16 = tl.float32, tl.bfloat16
 
 
@@ -42,28 +36,29 @@ def _round(value):
 
 
 @triton.jit
-def _read_plane(codes, byte, exists, slice: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
+def _read_plane(codes, lane, exists, slice: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
     """Read one plane of the codes of a slice, in its place within the codes."""
-    # Planes of more bits come first, and hold the lower bits.
+    # Planes of more bits come first, and hold the lower bits of a code.
     start: tl.constexpr = BITS & -(2 * WIDTH)
-    line: tl.constexpr = start + slice * WIDTH // 8
-    # The same for all slices of a line, so that the compiler loads it once.
-    word = tl.load(codes + line * _SLICE + byte, mask=exists, other=0).to(tl.int32)
-    return ((word >> (slice * WIDTH % 8)) & ((1 << WIDTH) - 1)) << start
+    WORD: tl.constexpr = tl.int32 if WIDTH >= 4 else tl.int16 if WIDTH == 2 else tl.int8
+    words = (codes + start * _SLICE).to(tl.pointer_type(WORD), bitcast=True)
+    # The same for all slices of a word, so that the compiler loads it once.
+    word = tl.load(words + slice * WIDTH // 32 * _SLICE + lane, mask=exists, other=0)
+    return ((word.to(tl.int32) >> (slice * WIDTH % 32)) & ((1 << WIDTH) - 1)) << start
 
 
 @triton.jit
-def _read_codes(codes, byte, exists, slice: tl.constexpr, BITS: tl.constexpr):
+def _read_codes(codes, lane, exists, slice: tl.constexpr, BITS: tl.constexpr):
     """Read the codes of a slice from planes of 8, 4, 2 and 1 bits, the binary digits of BITS."""
     code = tl.zeros((_WIDE, _SLICE), tl.int32)
     if BITS & 8:
-        code += _read_plane(codes, byte, exists, slice, BITS, 8)
+        code += _read_plane(codes, lane, exists, slice, BITS, 8)
     if BITS & 4:
-        code += _read_plane(codes, byte, exists, slice, BITS, 4)
+        code += _read_plane(codes, lane, exists, slice, BITS, 4)
     if BITS & 2:
-        code += _read_plane(codes, byte, exists, slice, BITS, 2)
+        code += _read_plane(codes, lane, exists, slice, BITS, 2)
     if BITS & 1:
-        code += _read_plane(codes, byte, exists, slice, BITS, 1)
+        code += _read_plane(codes, lane, exists, slice, BITS, 1)
     return code
 
 
@@ -77,74 +72,103 @@ def _add_products(total, value, x, SPLIT: tl.constexpr, DOT: tl.constexpr):
     return tl.dot(value.to(DOT), x, total, input_precision="ieee")
 
 
+@triton.jit
+def _read_values(
+    codes, levels, column, inside,
+    slice: tl.constexpr, BITS: tl.constexpr, CENTER: tl.constexpr, LEVELS: tl.constexpr,
+    BY_COLUMN: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """Read the codes of a slice minus CENTER, or their levels, in float32."""
+    lane = tl.arange(0, _SLICE)[None, :]
+    exists, is_column = inside
+    code = _read_codes(codes, lane, exists, slice, BITS)
+    if LEVELS:
+        if PAIRED:
+            beside = _read_codes(codes, lane ^ 1, exists, slice, BITS)
+            code += tl.where(beside == 8, 16, 0)
+        if BY_COLUMN:
+            code += column * LEVELS
+        return tl.load(levels + code, mask=exists & is_column, other=0.0)
+    # The last digits of 2^23 + code: fewer instructions than a conversion.
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + CENTER)
+
+
+@triton.jit
+def _to_weights(value, scale, shift, inside, CENTER: tl.constexpr, SHIFT: tl.constexpr):
+    """Turn the values of a slice into weights, with the scale of each column."""
+    exists, is_column = inside
+    factor = tl.load(scale, mask=exists & is_column, other=0.0).to(tl.float32)
+    if SHIFT == 0:
+        return factor * value
+    moved = tl.load(shift, mask=exists & is_column, other=0.0).to(tl.float32)
+    if SHIFT == 1:
+        return factor * ((value + CENTER) - moved)
+    return factor * value + moved
+
+
+@triton.jit
+def _scale_sums(total, sums, scale, shift, exists, CENTER: tl.constexpr, SHIFT: tl.constexpr):
+    """Turn sums of values times x into sums of weights times x; `sums` [ROWS] are those of x."""
+    factor = tl.load(scale, mask=exists, other=0.0).to(tl.float32)
+    if SHIFT == 0:
+        return factor * total
+    moved = tl.load(shift, mask=exists, other=0.0).to(tl.float32)
+    if SHIFT == 1:
+        moved = factor * (CENTER - moved)
+    return factor * total + moved * sums[None, :]
+
+
 # Specialised for a number of rows, programs could differ between widths.
 @triton.jit(do_not_specialize=["N"])
 def multiply_segment(
     x,  # [P, N, k]
-    codes,  # U8 [n, blocks, BITS, SLICE]
-    scale,  # [n, g]
-    shift,  # zero points or offsets [n, g]
-    levels,  # F32 [., LEVELS]
-    table,  # I32 [n]
+    codes,  # U8 [n, blocks, BITS SLICE]
+    scale, shift,  # [n, groups]; shift: zero points or offsets
+    levels, table,  # F32 [., LEVELS], I32 [n]
     out,  # F32 [S, N, n]
     N, n, k, groups, blocks, blocks_per_split,
     BITS: tl.constexpr,
     CENTER: tl.constexpr,  # subtracted from codes
-    GROUP: tl.constexpr,  # inputs of a group
+    GROUP: tl.constexpr,  # columns of a group
     TURN: tl.constexpr,  # slices between two scalings of the sums; 0: weights are scaled
     SHIFT: tl.constexpr,  # 0 none, 1 zero points, 2 offsets
     LEVELS: tl.constexpr,  # levels of a table; 0: codes are values
-    BY_COLUMN: tl.constexpr,  # each input has a table, otherwise each output
+    BY_COLUMN: tl.constexpr,  # each column has a table, otherwise each output
     PAIRED: tl.constexpr,  # a code beside the code 8 stands for a level 16 higher
     PARTS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DOT: tl.constexpr,
+    SPLIT: tl.constexpr,  # values are cut into two parts
+    DOT: tl.constexpr,  # type of the operands of matrix units
 ):  # fmt: skip
-    """Multiply N rows with a split of a segment: weight = scale value + shift."""
+    """Multiply a tile of rows with a split of a segment: weight = scale value + shift."""
     row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
-    output = tl.program_id(1) * _WIDE + tl.arange(0, _WIDE)
+    output = tl.program_id(1) * _WIDE + tl.arange(0, _WIDE)[:, None]
     exists = output < n
-    codes += output[:, None].to(tl.int64) * (blocks * BITS * _SLICE)
-    scale += output[:, None].to(tl.int64) * groups
-    shift += output[:, None].to(tl.int64) * groups
-    lane = tl.arange(0, _SLICE)
+    codes += output.to(tl.int64) * (blocks * BITS * _SLICE)
+    scale += output.to(tl.int64) * groups
+    shift += output.to(tl.int64) * groups
     if LEVELS and not BY_COLUMN:
-        levels += tl.load(table + output, mask=exists, other=0)[:, None] * LEVELS
+        levels += tl.load(table + output, mask=exists, other=0) * LEVELS
     acc = tl.zeros((_WIDE, _ROWS), tl.float32)
     first = tl.program_id(2) * blocks_per_split
     EACH: tl.constexpr = TURN if TURN else _SLICES
     for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
+        here = codes + block * (BITS * _SLICE)
         for start in tl.static_range(0, _SLICES, EACH):
             total = tl.zeros((_WIDE, _ROWS), tl.float32)
             sums = tl.zeros((_ROWS,), tl.float32)
             for step in tl.static_range(EACH):
-                column = (block * _SLICES + start + step) * _SLICE + lane
-                inside = exists[:, None] & (column < k)[None, :]
-                here = codes + block * (BITS * _SLICE)
-                code = _read_codes(here, lane[None, :], exists[:, None], start + step, BITS)
-                if LEVELS:
-                    if PAIRED:
-                        pair = lane[None, :] ^ 1
-                        beside = _read_codes(here, pair, exists[:, None], start + step, BITS)
-                        code += tl.where(beside == 8, 16, 0)
-                    if BY_COLUMN:
-                        code += column[None, :] * LEVELS
-                    value = tl.load(levels + code, mask=inside, other=0.0)
-                else:
-                    value = (code - CENTER).to(tl.float32)
+                column = (block * _SLICES + start + step) * _SLICE + tl.arange(0, _SLICE)[None, :]
+                inside = (exists, column < k)
+                value = _read_values(
+                    here, levels, column, inside,
+                    start + step, BITS, CENTER, LEVELS, BY_COLUMN, PAIRED,
+                )  # fmt: skip
                 if not TURN:
-                    group = column[None, :] // GROUP
-                    factor = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
-                    if SHIFT:
-                        moved = tl.load(shift + group, mask=inside, other=0.0).to(tl.float32)
-                        if SHIFT == 1:
-                            value = (value + CENTER) - moved
-                    value = factor * value
-                    if SHIFT == 2:
-                        value += moved
+                    group = column // GROUP
+                    value = _to_weights(value, scale + group, shift + group, inside, CENTER, SHIFT)
                 for part in tl.static_range(PARTS):
-                    place = (part * N + row[:, None]).to(tl.int64) * k + column[None, :]
-                    some = (row < N)[:, None] & (column < k)[None, :]
+                    place = (part * N + row[:, None]).to(tl.int64) * k + column
+                    some = (row < N)[:, None] & (column < k)
                     x_rows = tl.load(x + place, mask=some, other=0.0).to(DOT)
                     total = _add_products(total, value, tl.trans(x_rows), SPLIT, DOT)
                     if TURN and SHIFT:
@@ -152,17 +176,12 @@ def multiply_segment(
             if TURN:
                 # Padding of a block may lie behind the last group.
                 group = tl.minimum((block * _SLICES + start) * _SLICE // GROUP, groups - 1)
-                factor = tl.load(scale + group, mask=exists[:, None], other=0.0).to(tl.float32)
-                acc += factor * total
-                if SHIFT:
-                    moved = tl.load(shift + group, mask=exists[:, None], other=0.0).to(tl.float32)
-                    if SHIFT == 1:
-                        moved = factor * (CENTER - moved)
-                    acc += moved * sums[None, :]
-            else:
-                acc += total
-    place = (tl.program_id(2) * N + row[None, :]).to(tl.int64) * n + output[:, None]
-    tl.store(out + place, acc, mask=exists[:, None] & (row < N)[None, :])
+                total = _scale_sums(
+                    total, sums, scale + group, shift + group, exists, CENTER, SHIFT
+                )
+            acc += total
+    place = (tl.program_id(2) * N + row[None, :]).to(tl.int64) * n + output
+    tl.store(out + place, acc, mask=exists & (row < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "count"])

@@ -13,7 +13,7 @@ of activations, S splits of all segments.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -22,9 +22,14 @@ from torch import Tensor
 
 from spectool.kernels.segments import Segment, assemble
 
-# Columns of a slice, and slices of a block of columns, as in `triton_kernels.py`.
+# Columns of a slice, and slices of a block of columns.
 SLICE, SLICES = 32, 8
 BLOCK = SLICE * SLICES
+# Outputs and rows of a tile, as matrix units take them: 16 rows cost what one does. Of the outputs,
+# 128 take 6.4 instructions a weight at 4 bits and 64 take 8 (counted in the program for H200).
+WIDE, ROWS = 128, 16
+# Sums per program that adds partial products.
+SUMS = 1024
 # A matrix of fewer tiles is cut along its inputs until so many programs run, which fills a device.
 PROGRAMS, MOST_SPLITS = 512, 8
 # Rows whose partial products are held at once.
@@ -36,7 +41,7 @@ NO_SHIFT, ZERO, OFFSET = range(3)
 class _Tensors:
     """Tensors of a segment as the kernel reads them; see `Segment`.
 
-    codes U8 [n, B, bits, SLICE], scale and shift (zero points or offsets) F16 or F32 [n, g], levels
+    codes U8 [n, B, bits SLICE], scale and shift (zero points or offsets) F16 or F32 [n, g], levels
     F32 [T, K] or [k, K], table I32 [n], columns I64 [k], column_scale F32 [k].
     """
 
@@ -82,7 +87,7 @@ class TritonProduct:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x [..., m], float32 or bfloat16, times the matrix transposed, plus bias [n]."""
         n, m = self.shape
-        out_Nn = packed_product(x.reshape(-1, m), bias, self._tensors, self._numbers)
+        out_Nn: Tensor = packed_product(x.reshape(-1, m), bias, self._tensors, self._numbers)
         return out_Nn.view(*x.shape[:-1], n)
 
     def rows(self, rows: slice | Tensor = slice(None)) -> Tensor:
@@ -154,36 +159,43 @@ def _narrow(values: Tensor) -> Tensor:
     return half if torch.equal(half.float(), values) else values
 
 
-def _planes(bits: int) -> list[tuple[int, int]]:
-    """Return the lowest bit and the bits of each plane: the binary digits of `bits`, from above."""
-    return [(bits & -2 * width, width) for width in (8, 4, 2, 1) if bits & width]
-
-
 def pack_planes(codes_nk: Tensor, bits: int) -> Tensor:
-    """Pack codes [n, k] into bytes [n, B, bits, SLICE].
+    """Pack codes [n, k] into bytes [n, B, bits SLICE].
 
-    Code c of a slice is in byte c of its line; a line of a plane of b bits holds 8 / b slices.
+    Column c of every slice of a block is in word c of a plane, the first slice in the lowest bits.
+    Words of 1, 2 and 4 bits have 1, 2 and 4 bytes; 8 bits take two rows of words of 4 bytes.
     """
     n, k = codes_nk.shape
     padded = F.pad(codes_nk, (0, -k % BLOCK)).view(n, -1, SLICES, SLICE)
-    packed = torch.zeros_like(padded[:, :, :bits])
-    for start, width in _planes(bits):
-        plane = padded >> start & (1 << width) - 1
+    packed = padded.new_zeros(n, padded.shape[1], bits * SLICE)
+    for start, width, bytes_ in _planes(packed, bits):
         for index in range(SLICES):
-            line, place = divmod(index * width, 8)
-            packed[:, :, start + line] |= plane[:, :, index] << place
+            byte, place = divmod(index * width, 8)
+            bytes_[byte] |= (padded[:, :, index] >> start & (1 << width) - 1) << place
     return packed
 
 
 def unpack_planes(packed: Tensor, bits: int) -> Tensor:
     """Unpack bytes of `pack_planes` into codes [n, BLOCK B]."""
     codes = packed.new_zeros(*packed.shape[:2], SLICES, SLICE)
-    for start, width in _planes(bits):
+    for start, width, bytes_ in _planes(packed, bits):
         for index in range(SLICES):
-            line, place = divmod(index * width, 8)
-            part = packed[:, :, start + line] >> place & (1 << width) - 1
-            codes[:, :, index] |= part << start
+            byte, place = divmod(index * width, 8)
+            codes[:, :, index] |= (bytes_[byte] >> place & (1 << width) - 1) << start
     return codes.flatten(1)
+
+
+def _planes(packed: Tensor, bits: int) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """Yield the planes of packed codes, whose widths are the binary digits of `bits`.
+
+    A plane is its lowest bit, its width, and views [n, B, SLICE] of the bytes of its words.
+    """
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            start = bits & -2 * width
+            plane = packed[:, :, start * SLICE : (start + width) * SLICE]
+            words = plane.view(*plane.shape[:2], -1, SLICE, min(width, 4))
+            yield start, width, [word for row in words.unbind(2) for word in row.unbind(3)]
 
 
 @torch.library.custom_op("spectool::packed_product", mutates_args=())
@@ -202,9 +214,7 @@ def packed_product(
 
 
 @packed_product.register_fake
-def _(
-    x: Tensor, bias: Tensor | None, tensors: list[Tensor | None], numbers: list[int]
-) -> Tensor:
+def _(x: Tensor, bias: Tensor | None, tensors: list[Tensor | None], numbers: list[int]) -> Tensor:
     codes = tensors[0]
     assert codes is not None
     return x.new_empty(len(x), len(codes))
@@ -229,7 +239,7 @@ def _multiply(
         x_PNk = _gather(x_Nm, tensors)
         _multiply_segment(x_PNk, tensors, numbers, each, partials_SNn[done : done + count])
         done += count
-    triton_kernels.sum_partials[(-(-out_Nn.numel() // triton_kernels.SUMS),)](
+    triton_kernels.sum_partials[(-(-out_Nn.numel() // SUMS),)](
         partials_SNn,
         partials_SNn if bias_n is None else bias_n,
         out_Nn,
@@ -238,6 +248,7 @@ def _multiply(
         n,
         BIAS=bias_n is not None,
         ROUND=out_Nn.dtype == torch.bfloat16,
+        enable_fp_fusion=True,
     )
 
 
@@ -254,7 +265,7 @@ def _multiply_segment(
     is_half = x_PNk.dtype == torch.bfloat16
     is_interpreted = x_PNk.device.type == "cpu"
     absent = tensors.scale
-    grid = (-(-num_rows // kernels.ROWS), -(-n // kernels.WIDE), num_splits)
+    grid = (-(-num_rows // ROWS), -(-n // WIDE), num_splits)
     kernels.multiply_segment[grid](
         x_PNk,
         tensors.codes,
@@ -282,12 +293,13 @@ def _multiply_segment(
         SPLIT=is_half and (tensors.levels is not None or not turn),
         # The interpreter computes products of float32 only.
         DOT=kernels.BFLOAT16 if is_half and not is_interpreted else kernels.FLOAT32,
+        enable_fp_fusion=True,
     )
 
 
 def count_splits(n: int, blocks: int) -> tuple[int, int]:
     """Return into how many splits a segment is cut, and the blocks of each, by its shape alone."""
-    tiles = -(-n // 64)
+    tiles = -(-n // WIDE)
     wanted = min(MOST_SPLITS, max(1, PROGRAMS // tiles), max(1, blocks // 4))
     each = -(-blocks // wanted)
     return -(-blocks // each), each
