@@ -18,6 +18,7 @@ PACKAGES = {
     "matplotlib": "eval",
     "peft": "lora",
     "compressed-tensors": "compressed",
+    "ziglang": "cc",
 }
 
 # Cost curves shown without --all.

@@ -46,6 +46,8 @@
 
 typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(BYTES), aligned(4)));
+/* In memory, where a vector may begin at any element. */
+typedef float stored __attribute__((vector_size(BYTES), aligned(1), may_alias));
 
 /* Read STEP weights at p, or the `rest` that there are and zeros, as PARTS vectors. */
 INLINE void read_weights(const int half, const char *p, ptrdiff_t rest, vec *out);
@@ -77,7 +79,7 @@ INLINE vec odd(vec v) { return (vec)((words)v & 0xffff0000u); }
 
 /* Load the vector at p, of which only the first `rest` bytes are valid; zeros beyond them. */
 INLINE vec load(const char *p, ptrdiff_t rest) {
-    if (rest >= BYTES) return *(const vec *)p;
+    if (rest >= BYTES) return *(const stored *)p;
     vec v = {0};
     memcpy(&v, p, rest);
     return v;
