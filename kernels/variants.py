@@ -106,14 +106,7 @@ def compile_library(compiler: Sequence[str], variant: Variant, target: Path) -> 
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         library = Path(scratch) / target.name
         sources = sorted(FOLDER.glob("*.c"))
-        words = [
-            *compiler,
-            *_OPTIONS,
-            *variant.options,
-            *map(str, sources),
-            "-o",
-            str(library),
-            "-lm",
-        ]
+        words = [*compiler, *_OPTIONS, *variant.options, *map(str, sources)]
+        words += ["-lm", "-o", str(library)]
         subprocess.run(words, check=True, capture_output=True, timeout=_SECONDS)
         library.replace(target)
