@@ -19,12 +19,15 @@ from torch import Tensor
 from spectool.kernels.base import Fields, Kernel
 from spectool.kernels.dense import Dense
 from spectool.kernels.int8 import Int8
+from spectool.kernels.lookup import Lookup
 
 KERNELS: dict[tuple[str, str, torch.dtype], type[Kernel]] = {
     ("dense", "cpu", torch.float32): Dense,
     ("dense", "cpu", torch.bfloat16): Dense,
     ("int8", "cpu", torch.float32): Int8,
     ("int8", "cpu", torch.bfloat16): Int8,
+    ("vq", "cpu", torch.float32): Lookup,
+    ("vq", "cpu", torch.bfloat16): Lookup,
 }
 
 

@@ -408,6 +408,7 @@ class VQLinear(PackedLinear):
     """
 
     config: VQ.Config
+    format = "vq"
 
     @property
     def is_matrix(self) -> bool:
@@ -430,18 +431,25 @@ class VQLinear(PackedLinear):
         return self.config.single and not self.config.shortlist
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_kernel():
-            book_Km = self.q.codebook[0, 0].to(x.dtype)
-            out = F.linear(x, book_Km)[..., self.q.codes[:, 0].long()]
-            return out if self.bias is None else out + self.bias
+        out = self._multiply(x)
         if not self.config.shortlist:
-            return super().forward(x)
-        out = F.linear(x, self._shared(slice(None)).to(x.dtype), self.bias)
+            return out
         count = min(self.config.shortlist, self.out_features)
         best = out.topk(count, -1).indices
         flat_TN, x_Tm = best.flatten(0, -2), x.flatten(0, -2)
+        # One row at a time, so that its logits do not depend on the other rows.
         pairs = zip(flat_TN, x_Tm, strict=True)
         exact_TN = torch.stack([self.rows(tokens_N).to(x.dtype) @ x_m for tokens_N, x_m in pairs])
         if self.bias is not None:
             exact_TN = exact_TN + self.bias[flat_TN]
         return out.scatter(-1, best, exact_TN.view(best.shape))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """Compute the product with the shared vectors."""
+        if self.product is not None and self.product.supports(x):
+            return self.product(x, self.bias)
+        if not self.config.single:
+            return F.linear(x, self._shared(slice(None)).to(x.dtype), self.bias)
+        book_Km = self.q.codebook[0, 0].to(x.dtype)
+        out = F.linear(x, book_Km)[..., self.q.codes[:, 0].long()]
+        return out if self.bias is None else out + self.bias

@@ -14,7 +14,8 @@ import pytest
 from spectool.kernels import build, variants
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = [Path(__file__).parent / f"test_{name}.py" for name in ("pool", "products", "registry")]
+NAMES = ("lookup", "pool", "products", "registry")
+FILES = [Path(__file__).parent / f"test_{name}.py" for name in NAMES]
 
 GCC = shutil.which("gcc")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(GCC is None, reason="no gcc here")]
