@@ -54,6 +54,8 @@ TURN = 0.003
 # A thread may wait for a processor for this share of a turn; so many turns are tried, after a pause
 # in seconds, for one that counts.
 MOST_WAITING, TRIES, PAUSE = 0.02, 20, 0.01
+# Products that are timed singly, to choose how many a turn has.
+SINGLES = 12
 # Largest relative error of a product; those of peers with rounded activations are below 0.01.
 MOST_ERROR = 0.02
 MOST_OVER_FLOOR = 1.4
@@ -214,10 +216,12 @@ def _start(ring: Ring, x_Nm: Tensor, threads: int) -> Callable[[], tuple[float, 
     if not error <= MOST_ERROR:
         raise SystemExit(f"{ring.name}: the product has a relative error of {error:.3g}")
     took = []
-    for single in singles[1:4] or singles:
+    # The least of some, as a turn of a disturbed estimate would be too short.
+    for single in itertools.islice(itertools.cycle(singles), SINGLES):
         began = time.perf_counter()
         single()
         took.append(time.perf_counter() - began)
+    ring.rest()
     part = max(1, min(ring.count, round(TURN / min(took))))
     parts = itertools.cycle(ring.multiply(x_Nm, part))
 
