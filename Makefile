@@ -43,6 +43,7 @@ bench: $(READY)
 # On a machine with a CUDA device and spectool's requirements installed already.
 gpu:
 	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) benchmarks/gpu_products.py --out benchmarks/results/gpu-products.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info
