@@ -71,7 +71,7 @@ INLINE void block_int8(const int columns, const int height, const int first,
                        const float *scale, const int32_t *total, float *sum) {
     ints acc[COLUMNS][TALL];
     EACH (c, columns)
-        EACH (v, height) acc[c][v] = splat_int(-s->center * total[c]);
+        EACH (v, height) acc[c][v] = splat_int((DOT_CENTER - s->center) * total[c]);
     for (int slice = 0; slice < w->slices; slice++, x += columns * 4)
         EACH (c, columns)
             EACH (v, height) acc[c][v] = dot(acc[c][v], w->codes[slice][first + v], x + c * 4);

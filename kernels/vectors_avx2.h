@@ -1,0 +1,109 @@
+/* Vectors of 16 lanes as two of AVX2 each; see vectors.h. */
+#include <immintrin.h>
+
+#define COLUMNS 4
+#define WIDE 1
+#define NARROW 2
+#define TALL 2
+
+typedef struct {
+    __m256i low, high;
+} ints;
+typedef struct {
+    __m256 low, high;
+} floats;
+
+/* A function of vectors by its halves. */
+#define HALVES(type, operation, a) ((type){operation((a).low), operation((a).high)})
+#define PAIRS(type, operation, a, b)                                                               \
+    ((type){operation((a).low, (b).low), operation((a).high, (b).high)})
+
+INLINE ints load_ints(const void *p) {
+    const __m256i *halves = p;
+    return (ints){_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+INLINE ints splat_int(int32_t v) { return (ints){_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+INLINE ints both(ints a, ints b) { return PAIRS(ints, _mm256_and_si256, a, b); }
+INLINE ints either(ints a, ints b) { return PAIRS(ints, _mm256_or_si256, a, b); }
+INLINE ints shift_left(ints v, const int by) {
+    return (ints){_mm256_slli_epi32(v.low, by), _mm256_slli_epi32(v.high, by)};
+}
+INLINE ints shift_right(ints v, const int by) {
+    return (ints){_mm256_srli_epi32(v.low, by), _mm256_srli_epi32(v.high, by)};
+}
+
+INLINE ints look_up_bytes(ints table, ints codes) {
+    return PAIRS(ints, _mm256_shuffle_epi8, table, codes);
+}
+
+INLINE __m256i mark_half(__m256i codes) {
+    const __m256i swapped =
+        _mm256_or_si256(_mm256_srli_epi16(codes, 8), _mm256_slli_epi16(codes, 8));
+    return _mm256_and_si256(_mm256_cmpeq_epi8(swapped, _mm256_set1_epi8(8)), _mm256_set1_epi8(16));
+}
+INLINE ints mark_neighbours(ints codes) { return HALVES(ints, mark_half, codes); }
+
+#if defined(__AVXVNNI__)
+#define DOT_CENTER 0
+INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x) {
+    /* Not the intrinsic: GCC copies all sums of a loop from register to register with it. */
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+    return sum;
+}
+#else
+/* Pairs of products are added in 16 bits, which hold 2 128 127 but not 2 255 127. */
+#define DOT_CENTER 128
+INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x) {
+    const __m256i centered = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    const __m256i pairs =
+        _mm256_maddubs_epi16(_mm256_abs_epi8(centered), _mm256_sign_epi8(x, centered));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+
+INLINE ints dot(ints sum, ints w, const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    const __m256i splat = _mm256_set1_epi32(four);
+    return (ints){dot_half(sum.low, w.low, splat), dot_half(sum.high, w.high, splat)};
+}
+
+INLINE floats load_floats(const float *p) {
+    return (floats){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+INLINE void store_floats(float *p, floats v) {
+    _mm256_storeu_ps(p, v.low);
+    _mm256_storeu_ps(p + 8, v.high);
+}
+INLINE floats load_halves(const uint16_t *p) {
+    const __m128i *halves = (const __m128i *)p;
+    return (floats){_mm256_cvtph_ps(_mm_loadu_si128(halves)),
+                    _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
+INLINE floats splat(float v) { return (floats){_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+INLINE floats to_floats(ints v) { return HALVES(floats, _mm256_cvtepi32_ps, v); }
+INLINE floats add(floats a, floats b) { return PAIRS(floats, _mm256_add_ps, a, b); }
+INLINE floats subtract(floats a, floats b) { return PAIRS(floats, _mm256_sub_ps, a, b); }
+INLINE floats multiply(floats a, floats b) { return PAIRS(floats, _mm256_mul_ps, a, b); }
+INLINE floats fused(floats a, floats b, floats c) {
+    return (floats){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+
+/* Of 8 floats by the lowest three bits of a lane, of twice as many by one bit more. */
+INLINE __m256 choose_8(const float *table, __m256i lanes) {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), lanes);
+}
+INLINE __m256 choose_16(const float *table, __m256i lanes) {
+    return _mm256_blendv_ps(choose_8(table, lanes), choose_8(table + 8, lanes),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
+}
+INLINE __m256 choose_32(const float *table, __m256i lanes) {
+    return _mm256_blendv_ps(choose_16(table, lanes), choose_16(table + 16, lanes),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 27)));
+}
+INLINE floats look_up_16(const float *table, ints lanes) {
+    return (floats){choose_16(table, lanes.low), choose_16(table, lanes.high)};
+}
+INLINE floats look_up_32(const float *table, ints lanes) {
+    return (floats){choose_32(table, lanes.low), choose_32(table, lanes.high)};
+}
