@@ -71,12 +71,6 @@ class Trajectory:
         """Return the continuation: the fixed points."""
         return [token for points in self.blocks for token in points[-1]]
 
-    @property
-    def tokens(self) -> list[int]:
-        """Return as many tokens as pass through the model in training at most."""
-        text = self.text
-        return [*self.prompt, *text, *text, *self.reference[: len(text)]]
-
 
 class TrajectoryDrafter(Drafter):
     """Drafter of fixed blocks of `block` tokens, which records their points by request index.

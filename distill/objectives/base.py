@@ -276,11 +276,12 @@ class WeightObjective(Objective):
         return LossBatch(tokens_BL, mask_BL, total, teacher_RV, kept_RV)
 
 
-def divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
-    """Return the sum over rows of KL(teacher || student) of logits."""
-    return F.kl_div(
-        student_RV.log_softmax(-1), teacher_RV.log_softmax(-1), reduction="sum", log_target=True
-    )
+def divergence(teacher_RV: Tensor, student_RV: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    """Return the sum over rows of KL(teacher || student) of logits, each times its weight."""
+    logs = student_RV.log_softmax(-1), teacher_RV.log_softmax(-1)
+    if weights_R is None:
+        return F.kl_div(*logs, reduction="sum", log_target=True)
+    return F.kl_div(*logs, reduction="none", log_target=True).sum(-1) @ weights_R
 
 
 def make_recipe(steps: int, warmup: float = 0.1) -> Recipe:

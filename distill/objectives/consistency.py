@@ -7,6 +7,11 @@ fixed point y*, so that Jacobi decoding needs fewer passes:
            KL(stopgrad p(. | x, y*_<j) || p(. | x, y_<j))
            + w * the anchor, which keeps the model what it is
 
+The mean is weighted by decay^d, where d counts the tokens of the block between the first wrong one
+and j. The papers' decay is 1, and most of their loss is far behind the wrong token, where nothing
+can be known; what the next pass accepts is decided right behind it. `points` versions of each block
+are learnt in one pass, as the prompt, the clean text and the anchor cost the same for all of them.
+
 - anchor `original`: mean over x, y* and the data's continuation t of x of KL(p_0 || p), where p_0
   is the model before training.
 - `data`: mean over t of -log p(t_j | x, t_<j).
@@ -23,7 +28,7 @@ Greedy Jacobi decoding is exact for the new weights, whose text differs from the
   here windows of one and two blocks, as a decoder's, are as frequent as those of `window`.
 
 With probability 1/2 half of a point's wrong tokens, its first one apart, are corrected. One pass
-computes a text with all its blocks: clean tokens, then a point of each block, then the anchor, each
+computes a text with all its blocks: clean tokens, then the anchor, then points of each block, each
 at the positions after the prompt. `--mixed-labels` follows CEED-VLA (Song et al., 2025,
 arXiv:2506.13725): the anchor is `generated`, but a bin of y* that is further than the distance from
 the data's own becomes the data's.
@@ -86,6 +91,15 @@ class Consistency(DecodingObjective):
         )
         block: int = option(16, "tokens of a block", minimum=2, maximum=256)
         window: int = option(16, "blocks of a window of forcing", minimum=1)
+        points: int = option(
+            1, "points of each block that a pass learns from", minimum=1, maximum=64
+        )
+        decay: float = option(
+            1.0,
+            "factor of the loss for every token after the first wrong one of a block",
+            minimum=0,
+            maximum=1,
+        )
         anchor: Literal["original", "data", "generated"] = option(
             "original",
             "what keeps the model: its probabilities before training, the data, its own text",
@@ -247,7 +261,9 @@ class Consistency(DecodingObjective):
 
     def _group(self) -> None:
         """Group the trajectories into the batches of the steps."""
-        self.batches = self.task.texts.group(self.trajectories)
+        self.batches = self.task.texts.group(
+            [_RowTokens(each, self.config.points) for each in self.trajectories]
+        )
         self.recipe = make_recipe(len(self.batches), warmup=0.03)
 
     def accumulate(self, step: int) -> Metrics:
@@ -267,23 +283,30 @@ class Consistency(DecodingObjective):
         }
 
     def make_row(self, trajectory: Trajectory, rng: random.Random) -> NoisyRow:
-        """Choose a point of each block, with half of it corrected half of the time."""
-        noisy: list[int] = []
-        window = self._choose_window(len(trajectory.blocks), rng)
-        for number, points in enumerate(trajectory.blocks):
-            point = self._choose(points, number, window, rng)
-            noisy += correct_half(point, points[-1], rng) if rng.random() < 0.5 else point
+        """Choose the noisy versions of a text, and what its anchor learns."""
+        windows = [
+            self._choose_window(len(trajectory.blocks), rng) for _ in range(self.config.points)
+        ]
+        noisy = [self._draw(trajectory.blocks, window, rng) for window in windows]
         text = trajectory.text
         anchor = trajectory.reference[: len(text)]
         if self.config.anchor != "generated" and anchor:
-            return NoisyRow(trajectory.prompt, text, noisy, window, anchor, anchor)
+            return NoisyRow(trajectory.prompt, text, noisy, windows, anchor, anchor)
         labels = list(text)
         if self.config.mixed_labels is not None:
             for at, (own, given) in enumerate(zip(text, trajectory.reference, strict=False)):
                 far = abs(own - given) > self.config.mixed_labels
                 if own in self.bins and given in self.bins and far:
                     labels[at] = given
-        return NoisyRow(trajectory.prompt, text, noisy, window, labels)
+        return NoisyRow(trajectory.prompt, text, noisy, windows, labels)
+
+    def _draw(self, blocks: Sequence[Block], window: int, rng: random.Random) -> list[int]:
+        """Return a point of each block, with half of it corrected half of the time."""
+        noisy: list[int] = []
+        for number, points in enumerate(blocks):
+            point = self._choose(points, number, window, rng)
+            noisy += correct_half(point, points[-1], rng) if rng.random() < 0.5 else point
+        return noisy
 
     def _choose_window(self, count: int, rng: random.Random) -> int:
         """Return the number of blocks of a window for a text of `count` blocks.
@@ -311,25 +334,26 @@ class Consistency(DecodingObjective):
         part = processes.part(rows) or rows[:1]
         weight = float(processes.rank < len(rows))
         layout = lay_out(part, self.config.block)
-        visible_BLL = layout.visible_BLL.to(self.task.device)
-        masks = self._target.masks([0] * len(part), layout.positions_BL, visible_BLL)
 
-        def read_rows(model: Any) -> Tensor:
+        def read_rows(model: Any, width: int) -> Tensor:
+            """Return the logits [B, width, V] of the first columns, in float32."""
+            positions_BL = layout.positions_BL[:, :width]
+            visible_BLL = layout.visible_BLL[:, :width, :width].to(self.task.device)
             logits: Tensor = model(
-                input_ids=layout.tokens_BL.to(self.task.device),
-                attention_mask=masks,
-                position_ids=layout.positions_BL.to(self.task.device),
+                input_ids=layout.tokens_BL[:, :width].to(self.task.device),
+                attention_mask=self._target.masks([0] * len(part), positions_BL, visible_BLL),
+                position_ids=positions_BL.to(self.task.device),
                 use_cache=False,
             ).logits
             return logits.float()
 
-        logits_BLV = read_rows(self.module)
+        logits_BLV = read_rows(self.module, layout.tokens_BL.shape[1])
         if self.config.anchor == "original":
             lora: Any = self.module
             is_lora = self.config.lora is not None
             disabled = lora.disable_adapter() if is_lora else contextlib.nullcontext()
             with torch.no_grad(), disabled:
-                original_BLV = read_rows(self.module if is_lora else self.original)
+                original_BLV = read_rows(self.module if is_lora else self.original, layout.plain)
             anchor = divergence(original_BLV[layout.plain_rows], logits_BLV[layout.plain_rows])
             anchored = len(layout.plain_rows[0])
         else:
@@ -337,9 +361,24 @@ class Consistency(DecodingObjective):
             anchor = F.cross_entropy(logits_BLV[layout.label_rows], labels_R, reduction="sum")
             anchored = len(labels_R)
         clean_RV = logits_BLV.detach()[layout.clean_rows]
-        consistency = divergence(clean_RV, logits_BLV[layout.noisy_rows])
-        counts = processes.sum([weight * len(clean_RV), weight * anchored])
-        return weight * consistency / max(1.0, counts[0]), weight * anchor / counts[1]
+        weights_R = self.config.decay ** (layout.distances_R.to(clean_RV.device) - 1.0)
+        consistency = divergence(clean_RV, logits_BLV[layout.noisy_rows], weights_R)
+        counts = processes.sum([weight * float(weights_R.sum()), weight * anchored])
+        return weight * consistency / (counts[0] or 1.0), weight * anchor / counts[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _RowTokens:
+    """What is grouped into batches: a trajectory in rows of this number of noisy versions."""
+
+    trajectory: Trajectory
+    versions: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Return as many tokens as pass through the model in training at most."""
+        each, text = self.trajectory, self.trajectory.text
+        return [*each.prompt, *text * (1 + self.versions), *each.reference[: len(text)]]
 
 
 def _describe(prompts: Sequence[Any], trajectories: Sequence[Trajectory]) -> TrajectoriesCollected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -50,10 +51,10 @@ def logits_after(model: Any, ids: list[int]) -> Tensor:
 
 
 def losses_by_equation(
-    model: Any, original: Any, rows: list[NoisyRow], block: int
+    model: Any, original: Any, rows: list[NoisyRow], block: int, decay: float
 ) -> tuple[Tensor, Tensor]:
     """Return both terms of the loss by a pass for every token."""
-    divergences, anchors = [], []
+    divergences, weights, anchors = [], [], []
     for row in rows:
         whole = [(row.prompt + row.text)[:at] for at in range(1, len(row.prompt + row.text) + 1)]
         whole += [row.prompt + row.anchor[:at] for at in range(1, len(row.anchor) + 1)]
@@ -65,17 +66,22 @@ def losses_by_equation(
         for at, label in enumerate(row.labels if original is None else []):
             logits = logits_after(model, row.prompt + (row.anchor or row.text)[:at])
             anchors.append(F.cross_entropy(logits, torch.tensor(label)))
-        for at in range(len(row.text) - 1):
-            start = at // (block * row.window) * block * row.window
+        versions = zip(row.noisy, row.windows, strict=True)
+        for (noisy, window), at in itertools.product(versions, range(len(row.text) - 1)):
+            start = at // (block * window) * block * window
             seen = slice(start, at + 1)
-            if row.noisy[seen] == row.text[seen]:
+            same = [a == b for a, b in zip(noisy[seen], row.text[seen], strict=True)]
+            if all(same):
                 continue
-            noisy = row.prompt + row.text[:start] + row.noisy[seen]
+            first = start + same.index(False)
+            weights.append(decay ** (at - max(first, at - at % block)))
+            given = row.prompt + row.text[:start] + noisy[seen]
             with torch.no_grad():
                 teacher = logits_after(model, row.prompt + row.text[: at + 1]).log_softmax(-1)
-            student = logits_after(model, noisy).log_softmax(-1)
+            student = logits_after(model, given).log_softmax(-1)
             divergences.append((teacher.exp() * (teacher - student)).sum())
-    return torch.stack(divergences).mean(), torch.stack(anchors).mean()
+    weights_R = torch.tensor(weights)
+    return weights_R @ torch.stack(divergences) / weights_R.sum(), torch.stack(anchors).mean()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,7 @@ def losses_by_equation(
 )
 @pytest.mark.parametrize(
     "options",
-    [{"variant": "cllm", "anchor": "data"}, {"variant": "forcing", "window": 2}],
+    [{"variant": "cllm", "anchor": "data"}, {"variant": "forcing", "window": 2, "decay": 0.5}],
     ids=["cllm", "forcing"],
 )
 def test_loss_and_gradient_are_those_of_the_equations(
@@ -96,13 +102,15 @@ def test_loss_and_gradient_are_those_of_the_equations(
     rows = []
     for prompt, length in ((5, 19), (3, 10), (9, 4)):
         text = [rng.randrange(320) for _ in range(length)]
-        noisy = [token if rng.random() < 0.4 else rng.randrange(320) for token in text]
-        noisy[:2] = text[:2]
+        noisy = [
+            text[:2] + [token if rng.random() < 0.4 else rng.randrange(320) for token in text[2:]]
+            for _ in range(2)
+        ]
         anchor = [rng.randrange(320) for _ in range(length - 3)]
         given = [rng.randrange(320) for _ in range(prompt)]
-        rows.append(NoisyRow(given, text, noisy, window, anchor, anchor))
+        rows.append(NoisyRow(given, text, noisy, [window, 1], anchor, anchor))
     # One row learns its own text, in windows of three blocks.
-    rows[1] = NoisyRow(rows[1].prompt, rows[1].text, rows[1].noisy, 3, list(rows[1].text))
+    rows[1] = NoisyRow(rows[1].prompt, rows[1].text, rows[1].noisy[:1], [3], list(rows[1].text))
     original = None
     if options["variant"] == "forcing":
         # Another model plays the one before training.
@@ -113,7 +121,7 @@ def test_loss_and_gradient_are_those_of_the_equations(
     results = []
     for losses in (
         objective.row_losses(rows),
-        losses_by_equation(objective.module, original, rows, 4),
+        losses_by_equation(objective.module, original, rows, 4, options.get("decay", 1.0)),
     ):
         objective.module.zero_grad()
         torch.autograd.backward(losses[0] + 10 * losses[1])
@@ -165,7 +173,8 @@ def test_an_unchanged_model_is_at_its_anchor(
     objective.trajectories = [Trajectory([5, 6], [[[7, 8, 9, 10]] * 2], [11, 12, 13, 14])]
     objective.batches = [[0]]
     metrics = objective.accumulate(0)
-    assert metrics["anchor"] == pytest.approx(0.0, abs=1e-9) and metrics["consistency"] == 0
+    # The model before training passes over fewer columns, so sums are rounded differently.
+    assert metrics["anchor"] == pytest.approx(0.0, abs=1e-6) and metrics["consistency"] == 0
 
 
 def test_prompts_are_drawn_from_all_of_the_data(checkpoint: Checkpoints) -> None:
