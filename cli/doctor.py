@@ -56,7 +56,13 @@ def doctor(output: Output, options: DoctorOptions) -> None:
         absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
         output.show(f"{name}: {version or absent}")
     library = build.load_library()
-    output.show(f"kernels: {library if isinstance(library, build.Library) else f'none: {library}'}")
+    if isinstance(library, build.Library):
+        variant = library.variant
+        built = {"variant": variant.name, "origin": library.origin, "flags": list(variant.needs)}
+        output.show(f"kernels: {library}")
+    else:
+        built = {"reason": library}
+        output.show(f"kernels: none ({library})")
     output.show("matrices times few rows of activations, on a processor:")
     kernels = {
         f"{format}, {str(dtype).removeprefix('torch.')}": str(
@@ -76,5 +82,11 @@ def doctor(output: Output, options: DoctorOptions) -> None:
     if len(shown) < len(curves):
         output.show(f"  {len(curves) - len(shown)} older: --all shows them")
     output.result(
-        {"machine": described, "packages": packages, "kernels": kernels, "passes": curves}
+        {
+            "machine": described,
+            "packages": packages,
+            "library": built,
+            "kernels": kernels,
+            "passes": curves,
+        }
     )

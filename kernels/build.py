@@ -31,8 +31,8 @@ class Library:
     origin: str
 
     def __str__(self) -> str:
-        used = ", ".join(self.variant.needs) or "none beyond the machine's baseline"
-        return f"{self.variant.name}, {self.origin}; flags of the processor used: {used}"
+        used = ", ".join(self.variant.needs) or "only what all processors of its kind have"
+        return f"{self.variant.name}, {self.origin}; the processor's flags used: {used}"
 
 
 def supported() -> list[Variant]:

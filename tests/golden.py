@@ -58,7 +58,7 @@ KEYS: dict[str, str] = {
     "pack": "sequence_packing",
     "peers": "baselines",
 }
-ADDED = {"kv", "kv_bytes_per_token"} | {
+ADDED = {"kv", "kv_bytes_per_token", "library", "variant", "origin", "flags"} | {
     f"{kernel}, {dtype}" for kernel in ("dense", "int8") for dtype in ("bfloat16", "float32")
 }
 # In a batch, requests join as soon as one ends, so that a table that they share with those that run

@@ -296,6 +296,13 @@ def test_list_and_doctor(spectool: Spectool) -> None:
     people = spectool("doctor").out
     assert f"threads: {found['threads']} ({found['threads_reason']})" in people
     assert "waiting threads: " in people
+    built = doctor["library"]
+    if "reason" in built:
+        assert f"kernels: none ({built['reason']})\n" in people
+    else:
+        flags = ", ".join(built["flags"]) or "only what all processors of its kind have"
+        expected = f"{built['variant']}, {built['origin']}; the processor's flags used: {flags}"
+        assert f"kernels: {expected}\n" in people
     assert {"dense, bfloat16", "int8, float32"} <= doctor["kernels"].keys()
     for name, choice in doctor["kernels"].items():
         assert re.fullmatch(r"torch \(.+\)|kernel( for up to \d+ rows)?", choice)

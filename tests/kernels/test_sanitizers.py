@@ -15,6 +15,7 @@ from spectool.kernels import build, variants
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ("lookup", "pool", "products", "registry")
+NAMES = "lookup", "pool", "products", "registry"
 FILES = [Path(__file__).parent / f"test_{name}.py" for name in NAMES]
 
 GCC = shutil.which("gcc")
