@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -76,6 +78,28 @@ def test_a_row_does_not_depend_on_its_mates(
         for start in range(13 - size):
             part = kernel.linear(x[start : start + size], prepared, bias)
             assert torch.equal(part, together[start : start + size])
+
+
+def before_a_forbidden_page(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the end of memory that may be read, as at the end of a mapped file."""
+    size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    forbidden = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(
+        memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes
+    )
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+@each_kernel
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (13, 77), (42, 123), (96, 1025)])
+def test_nothing_is_read_past_the_end_of_a_tensor(kernel: Kernel, n: int, m: int) -> None:
+    fields, x, bias = operands(kernel, n, m, 5)
+    expected = kernel.linear(x, kernel.prepare(fields), bias)
+    at_end = {name: before_a_forbidden_page(field) for name, field in fields.items()}
+    x, bias = before_a_forbidden_page(x), before_a_forbidden_page(bias)
+    assert torch.equal(kernel.linear(x, kernel.prepare(at_end), bias), expected)
 
 
 @each_kernel
