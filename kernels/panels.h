@@ -20,8 +20,23 @@
 enum precision { EXACT, INT8 };
 /* How a code becomes a value. TABLE: 16 levels. CENTERED: 16 levels less the zero. PLAIN: the code
  * less the zero. PAIRED: 32 levels, the upper ones where the neighbour in a pair is 8. COLUMN: 16
- * levels of each input. int8 products know TABLE (8-bit levels plus 128), CENTERED and PLAIN. */
-enum kind { TABLE, CENTERED, PLAIN, PAIRED, COLUMN };
+ * levels of each input. */
+enum kind {
+    TABLE,
+    CENTERED,
+    PLAIN,
+    PAIRED,
+    COLUMN,
+    /* int8 products, of codes unpacked before or, by their bits, in registers. */
+    INTEGER,
+    INTEGER_1,
+    INTEGER_2,
+    INTEGER_4,
+    INTEGER_8,
+    LEVELS_1,
+    LEVELS_2,
+    LEVELS_4
+};
 enum type { FLOAT, BFLOAT16, HALF };
 
 struct block {
@@ -40,7 +55,8 @@ struct segment {
     const int32_t *columns;     /* [chunks, 32]: the inputs, -1 for padding; null: in order */
     const float *column_scale;  /* [chunks, 32] or null */
     int32_t num_blocks, chunks, groups, bits, kind, parameters;
-    int32_t center; /* int8: subtracted from every unsigned value */
+    int32_t center;   /* int8: subtracted from every unsigned value, if there is no zero */
+    int32_t is_whole; /* whether there is a zero, of integers that codes can have */
 };
 
 struct product {
@@ -95,26 +111,24 @@ INLINE float largest(const float *x, int count) {
     return value;
 }
 
-/* Round to the nearest integer, ties to even, |v| < 2^22: the addition drops the fraction. */
-INLINE float nearest(float v) {
-    const float magic = 12582912.0f;
-    volatile float shifted = v + magic;
-    return shifted - magic;
-}
-
+/* Round the inputs of a block to 8 bits; `out` has four of them every `columns` fours. */
 INLINE void pack_int8(const float *x, int count, int columns, int8_t *out, float *scale,
                       int32_t *sum) {
     /* Below, the quotient would not be finite. */
     const float most = largest(x, count), inverse = most > 1e-36f ? 127.0f / most : 0;
+    int8_t codes[BLOCK];
     int32_t total = 0;
     for (int k = 0; k < count; k++) {
-        /* Not finite: the scale carries it, and the codes do not matter. */
-        const float scaled = x[k] * inverse;
-        const int32_t code = scaled >= -127.5f && scaled <= 127.5f ? (int32_t)nearest(scaled) : 0;
-        out[(k / 4) * columns * 4 + k % 4] = (int8_t)code;
-        total += code;
+        /* To the nearest, ties to even. What is not finite becomes any code. */
+        float code = __builtin_rintf(x[k] * inverse);
+        code = code >= -127 ? code : -127;
+        code = code <= 127 ? code : 127;
+        codes[k] = (int8_t)code;
+        total += (int32_t)code;
     }
-    *scale = most / 127.0f;
+    for (int k = 0; k < count; k += 4) memcpy(out + k * columns, codes + k, 4);
+    /* A scale that is not finite makes all of the row's sums NaN. */
+    *scale = most <= 3.4028235e38f ? most / 127.0f : __builtin_nanf("");
     *sum = total;
 }
 
@@ -122,17 +136,15 @@ INLINE ptrdiff_t num_panels(const struct product *p) {
     return p->num_rows <= NARROW ? 1 : (p->num_rows + COLUMNS - 1) / COLUMNS;
 }
 
-INLINE void panel_of(const struct product *p, ptrdiff_t panel, ptrdiff_t *first, int *columns) {
-    const ptrdiff_t panels = num_panels(p);
-    *first = panel * p->num_rows / panels;
-    *columns = (int)((panel + 1) * p->num_rows / panels - *first);
+/* The first row of a panel; all have as many rows, or one more. */
+INLINE ptrdiff_t first_row(const struct product *p, ptrdiff_t panel) {
+    return panel * p->num_rows / num_panels(p);
 }
 
 static void pack_panel(void *context, ptrdiff_t panel) {
     const struct product *p = context;
-    ptrdiff_t first;
-    int columns;
-    panel_of(p, panel, &first, &columns);
+    const ptrdiff_t first = first_row(p, panel);
+    const int columns = (int)(first_row(p, panel + 1) - first);
     char *out = p->scratch + first * p->row_bytes;
     float x[BLOCK];
     for (int i = 0; i < p->num_segments; i++) {
@@ -150,10 +162,9 @@ static void pack_panel(void *context, ptrdiff_t panel) {
                               (int32_t *)ends + (2 * b + 1) * columns + c);
                 } else {
                     float total = 0;
-                    for (int k = 0; k < count; k++) {
+                    for (int k = 0; k < count; k++)
                         ((float *)out)[(begin + k) * columns + c] = x[k];
-                        total += x[k];
-                    }
+                    for (int k = 0; s->offset && k < count; k++) total += x[k];
                     ((float *)ends)[b * columns + c] = total;
                 }
                 begin += count;

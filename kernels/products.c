@@ -20,58 +20,70 @@
 #include "pool.h"
 #include "tiles.h"
 
-/* Unpack one block of the first `tiles` tiles of a strip, with levels and parameters. */
+/* Prepare one block of the first `tiles` tiles of a strip; unpack its codes unless `is_direct`. */
 static void prepare(const struct segment *s, ptrdiff_t strip, ptrdiff_t chunk,
-                    const struct block *block, int tiles, struct weights *w) {
-    unpack_block(s->codes + (strip * s->chunks + chunk) * STRIP * s->bits * LINE, s->bits,
-                 block->chunks, tiles, w);
+                    const struct block *block, int tiles, int direct, struct weights *w) {
+    w->lines = s->codes + (strip * s->chunks + chunk) * STRIP * s->bits * LINE;
+    w->chunks = block->chunks;
+    if (!direct) unpack_block(s, tiles, w);
+    const int slices = direct ? 0 : block->chunks * SLICES;
     for (int v = 0; v < tiles; v++) {
         const int table = s->table ? s->table[strip * STRIP + v] : 0;
+        const floats center = splat((float)s->center);
         w->scale[v] = parameters(s, s->scale, strip, block->group, v);
-        w->zero[v] =
-            s->zero ? parameters(s, s->zero, strip, block->group, v) : splat((float)s->center);
+        w->zero[v] = s->zero ? parameters(s, s->zero, strip, block->group, v) : center;
+        const floats whole = s->is_whole ? w->zero[v] : center;
+        w->whole_zero[v] = to_ints(subtract(whole, splat(DOT_CENTER)));
         if (s->offset) w->offset[v] = parameters(s, s->offset, strip, block->group, v);
         if (s->kind == COLUMN)
             w->levels[v] = s->levels + chunk * CHUNK * LANES;
         else if (s->levels)
             w->levels[v] = s->levels + table * (s->kind == PAIRED ? 2 : 1) * LANES;
         if (s->byte_levels) {
-            const ints levels = load_ints(s->byte_levels + table * LINE);
+            w->byte_levels[v] = load_ints(s->byte_levels + table * LINE);
             w->scale[v] = multiply(w->scale[v], splat(s->level_scale[table]));
-            for (int i = 0; i < w->slices; i++)
-                w->codes[i][v] = look_up_bytes(levels, w->codes[i][v]);
+            for (int i = 0; i < slices; i++)
+                w->codes[i][v] = look_up_bytes(w->byte_levels[v], w->codes[i][v]);
         }
         if (s->kind == PAIRED)
-            for (int i = 0; i < w->slices; i++)
+            for (int i = 0; i < slices; i++)
                 w->codes[i][v] = either(w->codes[i][v], mark_neighbours(w->codes[i][v]));
     }
     /* Tiles that there are not are computed with those that there are, and not stored. */
     for (int v = tiles; v < STRIP; v++) w->levels[v] = w->levels[0];
 }
 
-INLINE void store(const struct product *p, ptrdiff_t row, ptrdiff_t output, float value) {
-    if (p->bias) value += p->bias[output];
-    const ptrdiff_t at = row * p->num_outputs + output;
-    if (p->type == FLOAT) {
-        ((float *)p->y)[at] = value;
-        return;
-    }
+/* Convert to bfloat16: to the nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    /* To the nearest, ties to even; NaN stays NaN. */
-    bits = value != value ? 0x7fc0u << 16 : bits + 0x7fff + (bits >> 16 & 1);
-    ((uint16_t *)p->y)[at] = (uint16_t)(bits >> 16);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0 : rounded);
 }
 
+/* Store the outputs of a tile for one row. */
 static void store_tile(const struct product *p, ptrdiff_t tile, ptrdiff_t row, const float *sum) {
-    const ptrdiff_t left = p->num_outputs - tile * LANES;
-    if (p->order) {
-        for (int i = 0; i < LANES; i++)
-            if (p->order[tile * LANES + i] >= 0) store(p, row, p->order[tile * LANES + i], sum[i]);
-    } else {
-        for (int i = 0; i < (left < LANES ? left : LANES); i++)
-            store(p, row, tile * LANES + i, sum[i]);
+    const ptrdiff_t first = tile * LANES, left = p->num_outputs - first;
+    const size_t unit = p->type == FLOAT ? 4 : 2;
+    char *y = (char *)p->y + row * p->num_outputs * unit;
+    const int32_t *order = p->order ? p->order + first : 0;
+    const int count = order || left >= LANES ? LANES : (int)left;
+    float values[LANES];
+    uint16_t halves[LANES];
+    memcpy(values, sum, sizeof values);
+    if (p->bias)
+        for (int i = 0; i < count; i++) {
+            const ptrdiff_t output = order ? order[i] : first + i;
+            values[i] += output < 0 ? 0 : p->bias[output];
+        }
+    for (int i = 0; i < LANES; i++) halves[i] = to_bfloat16(values[i]);
+    const char *from = p->type == FLOAT ? (const char *)values : (const char *)halves;
+    if (!order) {
+        memcpy(y + first * unit, from, count * unit);
+        return;
     }
+    for (int i = 0; i < LANES; i++)
+        if (order[i] >= 0) memcpy(y + order[i] * unit, from + i * unit, unit);
 }
 
 /* Compute a strip of outputs for all rows. */
@@ -80,6 +92,8 @@ static void multiply_strip(void *context, ptrdiff_t strip) {
     const int is_narrow = p->num_rows <= NARROW;
     const int height = is_narrow ? TALL : WIDE;
     const ptrdiff_t panels = num_panels(p), left = p->num_tiles - strip * STRIP;
+    ptrdiff_t rows[MOST_ROWS + 1]; /* the first row of each panel, and the end */
+    for (ptrdiff_t panel = 0; panel <= panels; panel++) rows[panel] = first_row(p, panel);
     const int tiles = left < STRIP ? (int)left : STRIP;
     struct weights w;
     float sums[MOST_ROWS * STRIP * LANES];
@@ -88,14 +102,13 @@ static void multiply_strip(void *context, ptrdiff_t strip) {
     ptrdiff_t past = 0; /* bytes of a row's activations of earlier segments */
     for (int i = 0; i < p->num_segments; i++) {
         const struct segment *s = p->segments + i;
-        block_function *const *run = functions(s, p->precision, is_narrow);
+        const int direct = is_direct(s, p->precision, panels);
+        block_function *const *run = (is_narrow ? tall : wide)[kind_of(s, p->precision, direct)];
         ptrdiff_t chunk = 0;
         for (int b = 0; b < s->num_blocks; b++) {
-            prepare(s, strip, chunk, s->blocks + b, tiles, &w);
+            prepare(s, strip, chunk, s->blocks + b, tiles, direct, &w);
             for (ptrdiff_t panel = 0; panel < panels; panel++) {
-                ptrdiff_t row;
-                int columns;
-                panel_of(p, panel, &row, &columns);
+                const ptrdiff_t row = rows[panel], columns = rows[panel + 1] - row;
                 for (int first = 0; first < tiles; first += height)
                     run[columns - 1](first, s, &w, p->scratch + row * p->row_bytes + past * columns,
                                      chunk * CHUNK, b, sums + row * STRIP * LANES);

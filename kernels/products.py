@@ -54,7 +54,7 @@ class _Segment(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("byte_levels", "level_scale", "table", "blocks")),
         *((name, ctypes.c_void_p) for name in ("columns", "column_scale")),
         *((name, ctypes.c_int32) for name in ("num_blocks", "chunks", "groups", "bits", "kind")),
-        *((name, ctypes.c_int32) for name in ("parameters", "center")),
+        *((name, ctypes.c_int32) for name in ("parameters", "center", "is_whole")),
     ]
 
 
@@ -227,6 +227,7 @@ def _lay_out(segment: Segment, order_P: Tensor | None, precision: Precision) -> 
         "kind": kind,
         "parameters": _HALF if is_half else _FLOAT,
         "center": _LEVEL_CENTER if has_byte_levels else segment.center,
+        "is_whole": int(_has_whole_zeros(segment)),
     }
     # Of no memory, but of the segment's shape.
     nothing = torch.zeros(1, 1, dtype=torch.uint8).expand(segment.codes.shape)
@@ -264,6 +265,14 @@ def round_levels(levels_tK: Tensor) -> tuple[Tensor, Tensor]:
     scale_t = levels_tK.abs().amax(1) / 127
     safe_t1 = torch.where(scale_t > 0, scale_t, 1.0)[:, None]
     return (levels_tK / safe_t1).round_(), scale_t
+
+
+def _has_whole_zeros(segment: Segment) -> bool:
+    """Whether there are zeros, all of them integers that codes can have."""
+    zero = segment.zero
+    if zero is None:
+        return False
+    return bool(((zero == zero.round()) & (zero >= 0) & (zero < 1 << segment.bits)).all())
 
 
 def _fits_half(values: Tensor) -> bool:

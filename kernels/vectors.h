@@ -55,6 +55,11 @@ INLINE ints dot(ints sum, ints w, const int8_t *x) {
     return sum;
 }
 
+/* The products of lanes with a number, all of 16 bits with a sign. */
+INLINE ints multiply_small(ints v, int32_t by) {
+    return _mm512_madd_epi16(v, _mm512_set1_epi32(by & 0xffff));
+}
+
 INLINE floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void store_floats(float *p, floats v) { _mm512_storeu_ps(p, v); }
 INLINE floats load_halves(const uint16_t *p) {
@@ -62,6 +67,8 @@ INLINE floats load_halves(const uint16_t *p) {
 }
 INLINE floats splat(float v) { return _mm512_set1_ps(v); }
 INLINE floats to_floats(ints v) { return _mm512_cvtepi32_ps(v); }
+/* Of floats that are integers. */
+INLINE ints to_ints(floats v) { return _mm512_cvtps_epi32(v); }
 INLINE floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
 INLINE floats subtract(floats a, floats b) { return _mm512_sub_ps(a, b); }
 INLINE floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }

@@ -68,6 +68,11 @@ INLINE ints dot(ints sum, ints w, const int8_t *x) {
     return (ints){dot_half(sum.low, w.low, splat), dot_half(sum.high, w.high, splat)};
 }
 
+INLINE ints multiply_small(ints v, int32_t by) {
+    const __m256i splat = _mm256_set1_epi32(by & 0xffff);
+    return (ints){_mm256_madd_epi16(v.low, splat), _mm256_madd_epi16(v.high, splat)};
+}
+
 INLINE floats load_floats(const float *p) {
     return (floats){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
 }
@@ -82,6 +87,7 @@ INLINE floats load_halves(const uint16_t *p) {
 }
 INLINE floats splat(float v) { return (floats){_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 INLINE floats to_floats(ints v) { return HALVES(floats, _mm256_cvtepi32_ps, v); }
+INLINE ints to_ints(floats v) { return HALVES(ints, _mm256_cvtps_epi32, v); }
 INLINE floats add(floats a, floats b) { return PAIRS(floats, _mm256_add_ps, a, b); }
 INLINE floats subtract(floats a, floats b) { return PAIRS(floats, _mm256_sub_ps, a, b); }
 INLINE floats multiply(floats a, floats b) { return PAIRS(floats, _mm256_mul_ps, a, b); }

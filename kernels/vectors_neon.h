@@ -77,6 +77,10 @@ INLINE ints dot(ints sum, ints w, const int8_t *x) {
                                                    BYTES(w.part[i]), splat)))
 }
 
+INLINE ints multiply_small(ints v, int32_t by) {
+    EACH_PART(ints, vmulq_n_u32(v.part[i], (uint32_t)by))
+}
+
 INLINE floats load_floats(const float *p) {
     EACH_PART(floats, vld1q_f32(p + 4 * i))
 }
@@ -91,6 +95,9 @@ INLINE floats splat(float v) {
 }
 INLINE floats to_floats(ints v) {
     EACH_PART(floats, vcvtq_f32_s32(vreinterpretq_s32_u32(v.part[i])))
+}
+INLINE ints to_ints(floats v) {
+    EACH_PART(ints, vreinterpretq_u32_s32(vcvtq_s32_f32(v.part[i])))
 }
 INLINE floats add(floats a, floats b) {
     EACH_PART(floats, vaddq_f32(a.part[i], b.part[i]))

@@ -50,6 +50,8 @@ INLINE ints dot(ints sum, ints w, const int8_t *x) {
     return sum + dot_pair(w, x[0], x[2]) + dot_pair(w >> 8, x[1], x[3]);
 }
 
+INLINE ints multiply_small(ints v, int32_t by) { return v * splat_int(by); }
+
 INLINE floats load_floats(const float *p) {
     floats out;
     memcpy(&out, p, sizeof out);
@@ -76,6 +78,7 @@ INLINE floats load_halves(const uint16_t *p) {
 }
 INLINE floats splat(float v) { return (floats)splat_int(0) + v; }
 INLINE floats to_floats(ints v) { return __builtin_convertvector((signed_ints)v, floats); }
+INLINE ints to_ints(floats v) { return (ints)__builtin_convertvector(v, signed_ints); }
 INLINE floats add(floats a, floats b) { return a + b; }
 INLINE floats subtract(floats a, floats b) { return a - b; }
 INLINE floats multiply(floats a, floats b) { return a * b; }
