@@ -2,7 +2,8 @@
  *
  * A panel of C rows of activations is stored for each segment as
  * int8: bytes [chunks, 8, C, 4], then the scale and the sum of each block [blocks, 2, C];
- * exact: floats [chunks, 32, C], then the sum of each block [blocks, C].
+ * exact: floats [chunks, 32, C], then the sum of each block [blocks, C], or, of bfloat16 for
+ * products in pairs, pairs [chunks, 16, C], the first of a pair in the higher bits.
  */
 #ifndef SPECTOOL_PANELS_H
 #define SPECTOOL_PANELS_H
@@ -19,14 +20,18 @@
 
 enum precision { EXACT, INT8 };
 /* How a code becomes a value. TABLE: 16 levels. CENTERED: 16 levels less the zero. PLAIN: the code
- * less the zero. PAIRED: 32 levels, the upper ones where the neighbour in a pair is 8. COLUMN: 16
+ * less the zero. OUTLIERS: 32 levels, the upper ones where the neighbour in a pair is 8. COLUMN: 16
  * levels of each input. */
 enum kind {
     TABLE,
     CENTERED,
     PLAIN,
-    PAIRED,
+    OUTLIERS,
     COLUMN,
+    /* Codes below 16 less an integer, times pairs of bfloat16. */
+    PAIRS,
+    PAIRS_2,
+    PAIRS_4,
     /* int8 products, of codes unpacked before or, by their bits, in registers. */
     INTEGER,
     INTEGER_1,
@@ -57,6 +62,7 @@ struct segment {
     int32_t num_blocks, chunks, groups, bits, kind, parameters;
     int32_t center;   /* int8: subtracted from every unsigned value, if there is no zero */
     int32_t is_whole; /* whether there is a zero, of integers that codes can have */
+    int32_t is_grid;  /* whether values are codes less an integer */
 };
 
 struct product {
@@ -132,6 +138,13 @@ INLINE void pack_int8(const float *x, int count, int columns, int8_t *out, float
     *sum = total;
 }
 
+/* Whether exact products take bfloat16 in pairs, by an instruction that multiplies and adds the
+ * first of each pair, then the second, with the rounding of two fused multiply-adds. */
+INLINE int has_pairs(const struct product *p, const struct segment *s) {
+    return HAS_PAIRS && p->precision == EXACT && p->type == BFLOAT16 && s->is_grid &&
+           s->bits <= 4 && !s->column_scale && !s->offset;
+}
+
 INLINE ptrdiff_t num_panels(const struct product *p) {
     return p->num_rows <= NARROW ? 1 : (p->num_rows + COLUMNS - 1) / COLUMNS;
 }
@@ -160,6 +173,12 @@ static void pack_panel(void *context, ptrdiff_t panel) {
                     pack_int8(x, count, columns, (int8_t *)out + begin * columns + c * 4,
                               (float *)ends + 2 * b * columns + c,
                               (int32_t *)ends + (2 * b + 1) * columns + c);
+                } else if (has_pairs(p, s)) {
+                    uint32_t *pairs = (uint32_t *)out + begin / 2 * columns + c, bits[2];
+                    for (int k = 0; k < count; k += 2, pairs += columns) {
+                        memcpy(bits, x + k, sizeof bits);
+                        *pairs = bits[0] | bits[1] >> 16;
+                    }
                 } else {
                     float total = 0;
                     for (int k = 0; k < count; k++)

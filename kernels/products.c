@@ -20,7 +20,7 @@
 #include "pool.h"
 #include "tiles.h"
 
-/* Prepare one block of the first `tiles` tiles of a strip; unpack its codes unless `is_direct`. */
+/* Prepare one block of the first `tiles` tiles of a strip; unpack its codes unless `direct`. */
 static void prepare(const struct segment *s, ptrdiff_t strip, ptrdiff_t chunk,
                     const struct block *block, int tiles, int direct, struct weights *w) {
     w->lines = s->codes + (strip * s->chunks + chunk) * STRIP * s->bits * LINE;
@@ -34,18 +34,22 @@ static void prepare(const struct segment *s, ptrdiff_t strip, ptrdiff_t chunk,
         w->zero[v] = s->zero ? parameters(s, s->zero, strip, block->group, v) : center;
         const floats whole = s->is_whole ? w->zero[v] : center;
         w->whole_zero[v] = to_ints(subtract(whole, splat(DOT_CENTER)));
+#if HAS_PAIRS
+        const ints shift = to_ints(subtract(splat(16), whole));
+        w->pair_shift[v] = either(shift, shift_left(shift, 16));
+#endif
         if (s->offset) w->offset[v] = parameters(s, s->offset, strip, block->group, v);
         if (s->kind == COLUMN)
             w->levels[v] = s->levels + chunk * CHUNK * LANES;
         else if (s->levels)
-            w->levels[v] = s->levels + table * (s->kind == PAIRED ? 2 : 1) * LANES;
+            w->levels[v] = s->levels + table * (s->kind == OUTLIERS ? 2 : 1) * LANES;
         if (s->byte_levels) {
             w->byte_levels[v] = load_ints(s->byte_levels + table * LINE);
             w->scale[v] = multiply(w->scale[v], splat(s->level_scale[table]));
             for (int i = 0; i < slices; i++)
                 w->codes[i][v] = look_up_bytes(w->byte_levels[v], w->codes[i][v]);
         }
-        if (s->kind == PAIRED)
+        if (s->kind == OUTLIERS)
             for (int i = 0; i < slices; i++)
                 w->codes[i][v] = either(w->codes[i][v], mark_neighbours(w->codes[i][v]));
     }
@@ -102,11 +106,11 @@ static void multiply_strip(void *context, ptrdiff_t strip) {
     ptrdiff_t past = 0; /* bytes of a row's activations of earlier segments */
     for (int i = 0; i < p->num_segments; i++) {
         const struct segment *s = p->segments + i;
-        const int direct = is_direct(s, p->precision, panels);
-        block_function *const *run = (is_narrow ? tall : wide)[kind_of(s, p->precision, direct)];
+        const int kind = kind_of(p, s, panels);
+        block_function *const *run = (is_narrow ? tall : wide)[kind];
         ptrdiff_t chunk = 0;
         for (int b = 0; b < s->num_blocks; b++) {
-            prepare(s, strip, chunk, s->blocks + b, tiles, direct, &w);
+            prepare(s, strip, chunk, s->blocks + b, tiles, is_direct(kind), &w);
             for (ptrdiff_t panel = 0; panel < panels; panel++) {
                 const ptrdiff_t row = rows[panel], columns = rows[panel + 1] - row;
                 for (int first = 0; first < tiles; first += height)

@@ -42,7 +42,7 @@ PARAMETERS = "scale", "zero", "offset"
 # Unsigned bytes hold levels from -128 on.
 _LEVEL_CENTER = 128
 # Positions of `enum kind`, `enum type` and `enum precision` in products.c.
-_TABLE, _CENTERED, _PLAIN, _PAIRED, _COLUMN = range(5)
+_TABLE, _CENTERED, _PLAIN, _OUTLIERS, _COLUMN = range(5)
 _FLOAT, _BFLOAT16, _HALF = range(3)
 _EXACT, _INT8 = range(2)
 _TYPES = {torch.float32: _FLOAT, torch.bfloat16: _BFLOAT16}
@@ -54,7 +54,7 @@ class _Segment(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("byte_levels", "level_scale", "table", "blocks")),
         *((name, ctypes.c_void_p) for name in ("columns", "column_scale")),
         *((name, ctypes.c_int32) for name in ("num_blocks", "chunks", "groups", "bits", "kind")),
-        *((name, ctypes.c_int32) for name in ("parameters", "center", "is_whole")),
+        *((name, ctypes.c_int32) for name in ("parameters", "center", "is_whole", "is_grid")),
     ]
 
 
@@ -71,13 +71,13 @@ class _Product(ctypes.Structure):
 class _Part:
     """A segment as products.c reads it: tensors and numbers by their names there.
 
-    `place` [C 32]: the column of each place, -1 for padding. `plain`: the segment without its codes
-    and what is in `tensors`.
+    `used` [C 32]: which places of the chunks hold a column. `plain`: the segment with nothing in
+    place of what is in `tensors`.
     """
 
     tensors: dict[str, Tensor]
     numbers: dict[str, int]
-    place: Tensor
+    used: Tensor
     plain: Segment
 
 
@@ -91,8 +91,13 @@ class PackedProduct:
         self, segments: Sequence[Segment], shape: tuple[int, int], precision: Precision
     ) -> None:
         assert precision in precisions(segments)
+        for segment in segments:
+            # products.c reads these inputs.
+            columns = segment.columns
+            assert columns is None or (columns.min() >= 0 and columns.max() < shape[1])
         self.shape, self.precision = shape, precision
         self._order_P = _order_outputs(segments)
+        self._place_n = None if self._order_P is None else _places(self._order_P, shape[0])
         num_places = shape[0] if self._order_P is None else len(self._order_P)
         self._num_tiles = -(-num_places // TILE)
         self._parts = [_lay_out(segment, self._order_P, precision) for segment in segments]
@@ -111,7 +116,10 @@ class PackedProduct:
     @property
     def nbytes(self) -> int:
         """The bytes of the matrix as it is held."""
-        return sum(tensor.nbytes for part in self._parts for tensor in part.tensors.values())
+        tensors = [each for part in self._parts for each in (part.used, *part.tensors.values())]
+        if self._order_P is not None and self._place_n is not None:
+            tensors += [self._order_P, self._place_n]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x [..., m], float32 or bfloat16, times the matrix transposed, plus bias [n].
@@ -119,6 +127,8 @@ class PackedProduct:
         Inference only; the result is in x's dtype.
         """
         n, m = self.shape
+        assert x.shape[-1] == m and x.dtype in _TYPES and x.device.type == "cpu"
+        assert bias is None or (bias.shape == (n,) and bias.device.type == "cpu")
         x_Nm = x.reshape(-1, m).contiguous()
         y_Nn = torch.empty(len(x_Nm), n, dtype=x.dtype)
         scratch = torch.empty(min(len(x_Nm), MOST_ROWS) * self._row_bytes, dtype=torch.uint8)
@@ -147,7 +157,7 @@ class PackedProduct:
         """Unpack some outputs, a slice or their numbers, in float32 [N, m]."""
         n, m = self.shape
         rows_N = torch.arange(n)[rows] if isinstance(rows, slice) else rows
-        place_N = _places(self._order_P, n)[rows_N]
+        place_N = rows_N if self._place_n is None else self._place_n[rows_N]
         return assemble([_unpack(part, place_N) for part in self._parts], (len(rows_N), m))
 
 
@@ -172,12 +182,11 @@ def _order_outputs(segments: Sequence[Segment]) -> Tensor | None:
     return F.pad(order, (0, -len(order) % STRIP_OUTPUTS), value=-1)
 
 
-def _places(order_P: Tensor | None, n: int) -> Tensor:
+def _places(order_P: Tensor, n: int) -> Tensor:
     """Return the place of each output [n] in the order of tiles."""
-    place_n = torch.arange(n)
-    if order_P is not None:
-        used = (order_P >= 0).nonzero()[:, 0]
-        place_n[order_P[used].long()] = used
+    used = (order_P >= 0).nonzero()[:, 0]
+    place_n = torch.empty(n, dtype=torch.long)
+    place_n[order_P[used].long()] = used
     return place_n
 
 
@@ -218,6 +227,9 @@ def _lay_out(segment: Segment, order_P: Tensor | None, precision: Precision) -> 
         tensors["column_scale"] = segment.column_scale.float()[place.clamp(min=0)]
     blocks = [(-(-(end - begin) // CHUNK), group) for begin, end, group in _blocks(segment)]
     tensors["blocks"] = torch.tensor(blocks, dtype=torch.int32)
+    has_whole_zeros = _has_whole_zeros(segment)
+    is_grid = segment.levels is None and segment.column_levels is None
+    is_grid &= segment.zero is None or has_whole_zeros
     has_byte_levels = precision == "int8" and segment.levels is not None
     numbers = {
         "num_blocks": len(blocks),
@@ -227,11 +239,18 @@ def _lay_out(segment: Segment, order_P: Tensor | None, precision: Precision) -> 
         "kind": kind,
         "parameters": _HALF if is_half else _FLOAT,
         "center": _LEVEL_CENTER if has_byte_levels else segment.center,
-        "is_whole": int(_has_whole_zeros(segment)),
+        "is_whole": int(has_whole_zeros),
+        "is_grid": int(is_grid),
     }
-    # Of no memory, but of the segment's shape.
-    nothing = torch.zeros(1, 1, dtype=torch.uint8).expand(segment.codes.shape)
-    return _Part(tensors, numbers, place, replace(segment, codes=nothing))
+    # Tensors of the same shapes that take no memory.
+    nothing = {
+        name: values.new_zeros(1, 1).expand(values.shape)
+        for name in ("codes", *parameters)
+        if (values := getattr(segment, name)) is not None
+    }
+    plain = replace(segment, table=None, column_levels=None, column_scale=None, **nothing)
+    tensors = {name: values.contiguous() for name, values in tensors.items()}
+    return _Part(tensors, numbers, place >= 0, replace(plain, columns=None))
 
 
 def _add_levels(
@@ -253,7 +272,7 @@ def _add_levels(
     if segment.levels is not None:
         width = 32 if segment.paired else 16
         tensors["levels"] = F.pad(segment.levels, (0, width - segment.levels.shape[1]))
-        return _PAIRED if segment.paired else _TABLE
+        return _OUTLIERS if segment.paired else _TABLE
     if segment.bits <= 4:
         tensors["levels"] = torch.arange(16.0) - segment.center
         return _TABLE if segment.zero is None else _CENTERED
@@ -293,15 +312,22 @@ def _unpack(part: _Part, place_N: Tensor) -> Segment:
     strip_N, tile_N, lane_N = place_N // STRIP_OUTPUTS, place_N // TILE % STRIP, place_N % TILE
     lines = part.tensors["codes"]
     by_lane = lines.view(*lines.shape[:-1], TILE, -1)[strip_N, :, tile_N, :, lane_N]
-    codes = from_lines(by_lane, part.plain.bits)[:, part.place >= 0]
-    parameters: dict[str, Any] = {
-        name: part.tensors[name][strip_N, :, tile_N, lane_N].float()
+    tensors, used = part.tensors, part.used
+    found: dict[str, Any] = {
+        name: tensors[name][strip_N, :, tile_N, lane_N].float()
         for name in PARAMETERS
-        if name in part.tensors
+        if name in tensors
     }
-    if "table" in part.tensors:
-        parameters["table"] = part.tensors["table"][place_N // TILE].long()
-    return replace(part.plain, codes=codes, **parameters)
+    if "table" in tensors:
+        found["table"] = tensors["table"][place_N // TILE].long()
+    if "columns" in tensors:
+        found["columns"] = tensors["columns"][used].long()
+    if "column_scale" in tensors:
+        found["column_scale"] = tensors["column_scale"][used]
+    if part.numbers["kind"] == _COLUMN:
+        found["column_levels"] = tensors["levels"][used]
+    codes = from_lines(by_lane, part.plain.bits)[:, used]
+    return replace(part.plain, codes=codes, **found)
 
 
 def twin(
@@ -361,24 +387,44 @@ def check() -> None:
         RuntimeError: they differ by more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    # Whole tiles and parts of one, whole chunks and parts of one, several blocks.
+    for segment in _examples(generator):
+        shape = segment.codes.shape[0], segment.codes.shape[1]
+        # Tall tiles and wide ones.
+        for num_rows, dtype in ((1, torch.float32), (7, torch.float32), (7, torch.bfloat16)):
+            x_Nm = torch.randn(num_rows, shape[1], generator=generator).to(dtype)
+            for precision in precisions([segment]):
+                found_Nn = PackedProduct([segment], shape, precision)(x_Nm, None).float()
+                expected_Nn = twin(x_Nm, [segment], shape, precision, None).float()
+                tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+                tolerance = 0.0 if precision == "int8" else tolerance
+                if not (found_Nn - expected_Nn).norm() <= tolerance * expected_Nn.norm():
+                    raise RuntimeError(
+                        "the kernels compute wrong products on this machine "
+                        f"({precision}, {segment.bits} bits); please report it, with the output "
+                        "of spectool doctor"
+                    )
+
+
+def _examples(generator: torch.Generator) -> Iterator[Segment]:
+    """Yield a small segment for each way in which codes become weights."""
+    # Whole tiles and parts of one, whole chunks and parts of one, several blocks of a group.
     n, k = 77, 200
-    codes = torch.randint(16, (n, k), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(n, 1, generator=generator)
-    grid = Segment(codes=codes, bits=4, group_size=k, scale=scale, zero=(8 * scale).round())
-    levels = torch.randn(1, 16, generator=generator)
-    book = Segment(codes=codes, bits=4, group_size=k, scale=scale, levels=levels)
-    x_Nm = torch.randn(7, k, generator=generator)
-    for segment in (grid, book):
-        for precision in precisions([segment]):
-            found_Nn = PackedProduct([segment], (n, k), precision)(x_Nm, None)
-            expected_Nn = twin(x_Nm, [segment], (n, k), precision, None)
-            tolerance = 0.0 if precision == "int8" else 1e-5
-            if not (found_Nn - expected_Nn).norm() <= tolerance * expected_Nn.norm():
-                raise RuntimeError(
-                    f"the kernels compute wrong products on this machine ({precision}); please "
-                    "report it, with the output of spectool doctor"
-                )
+
+    def segment(bits: int, group_size: int = k) -> Segment:
+        codes = torch.randint(1 << bits, (n, k), generator=generator, dtype=torch.uint8)
+        scale = torch.rand(n, -(-k // group_size), generator=generator).half().float()
+        return Segment(codes=codes, bits=bits, group_size=group_size, scale=scale)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    grouped, whole = segment(4, 64), segment(8)
+    yield replace(grouped, zero=(grouped.scale * 15).round())
+    yield replace(segment(7), center=64)
+    yield replace(whole, offset=normal(n, 1))
+    yield replace(segment(2), levels=normal(3, 4), table=torch.arange(n) % 3)
+    yield replace(segment(3), column_levels=normal(k, 8))
+    yield replace(segment(4), levels=normal(1, 32), paired=True)
 
 
 @functools.cache

@@ -58,7 +58,13 @@ class Segment:
             assert each is None or (each.shape == (n, groups) and each.dtype == torch.float32)
         assert self.zero is None or (self.offset is None and not self.center)
         assert self.levels is None or self.column_levels is None
-        assert not self.paired or (self.levels is not None and k % 2 == 0)
+        if self.levels is not None or self.column_levels is not None:
+            assert self.bits <= 4 and self.zero is None and not self.center
+        if self.paired:
+            assert self.levels is not None and k % 2 == 0
+            assert self.group_size % 2 == 0 or groups == 1
+        if self.table is not None:
+            assert self.levels is not None and int(self.table.max()) < len(self.levels)
         for each in (self.columns, self.column_scale, self.column_levels):
             assert each is None or len(each) == k
 

@@ -37,6 +37,7 @@ struct weights {
     floats scale[STRIP], zero[STRIP], offset[STRIP];
     ints whole_zero[STRIP]; /* the zero, or the center, if that is an integer */
     ints byte_levels[STRIP];
+    ints pair_shift[STRIP]; /* 16 less the whole zero, in both halves of a lane */
     const float *levels[STRIP];
     int chunks;
 };
@@ -100,30 +101,28 @@ INLINE void end_int8(const int columns, const int height, const int first, const
     }
 }
 
-/* With codes of a block that were unpacked for several panels. */
-INLINE void block_int8(const int columns, const int height, const int first,
-                       const struct segment *s, const struct weights *w, const int8_t *x,
-                       const float *scale, const int32_t *total, float *sum) {
-    ints acc[COLUMNS][TALL];
-    begin_int8(columns, height, first, w, total, acc);
-    for (int slice = 0; slice < w->chunks * SLICES; slice++, x += columns * 4)
-        EACH (c, columns)
-            EACH (v, height) acc[c][v] = dot(acc[c][v], w->codes[slice][first + v], x + c * 4);
-    end_int8(columns, height, first, s, w, scale, total, acc, sum);
+/* The codes of a slice of tile v: of `bits`, unpacked in registers; or, with 0, unpacked before. */
+INLINE ints codes_of(const int bits, const struct weights *w, int chunk, const int slice, int v) {
+    if (!bits) return w->codes[chunk * SLICES + slice][v];
+    return plane_slice(w->lines + (chunk * STRIP + v) * bits * LINE, bits, slice);
 }
 
-/* With codes of `bits`, unpacked in registers. */
-INLINE void block_direct(const int columns, const int height, const int first, const int bits,
-                         const int has_levels, const struct segment *s, const struct weights *w,
-                         const int8_t *x, const float *scale, const int32_t *total, float *sum) {
+/* Fetch the lines of the next block, if nothing else reads the lines of this one. */
+INLINE void fetch_next(const int bits, const int height, const int first, const struct weights *w,
+                       int chunk) {
+    fetch(w->lines + ((w->chunks + chunk) * STRIP + first) * bits * LINE, height * bits);
+}
+
+INLINE void block_int8(const int columns, const int height, const int first, const int bits,
+                       const int has_levels, const struct segment *s, const struct weights *w,
+                       const int8_t *x, const float *scale, const int32_t *total, float *sum) {
     ints acc[COLUMNS][TALL];
     begin_int8(columns, height, first, w, total, acc);
-    const uint8_t *lines = w->lines + first * bits * LINE;
-    for (int chunk = 0; chunk < w->chunks; chunk++, lines += STRIP * bits * LINE) {
-        fetch(lines + w->chunks * STRIP * bits * LINE, height * bits);
+    for (int chunk = 0; chunk < w->chunks; chunk++) {
+        fetch_next(bits, height, first, w, chunk);
         EACH (slice, SLICES) {
             EACH (v, height) {
-                ints codes = plane_slice(lines + v * bits * LINE, bits, slice);
+                ints codes = codes_of(bits, w, chunk, slice, first + v);
                 if (has_levels) codes = look_up_bytes(w->byte_levels[first + v], codes);
                 EACH (c, columns) acc[c][v] = dot(acc[c][v], codes, x + c * 4);
             }
@@ -137,7 +136,7 @@ INLINE floats value_of(const int kind, ints code, const int byte, const float *l
                        floats zero) {
     const ints lane = byte ? shift_right(code, 8 * byte) : code;
     switch (kind) {
-    case PAIRED: return look_up_32(levels, lane);
+    case OUTLIERS: return look_up_32(levels, lane);
     case CENTERED: return subtract(look_up_16(levels, lane), zero);
     case PLAIN: return subtract(to_floats(both(lane, splat_int(0xff))), zero);
     default: return look_up_16(levels, lane);
@@ -172,26 +171,71 @@ INLINE void block_exact(const int columns, const int height, const int first, co
         }
 }
 
+#if HAS_PAIRS
+/* The numbers from -16 to 15 in bfloat16. */
+static const uint16_t NUMBERS[32] = {
+    0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0,
+    0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+    0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+
+/* An exact product of integers with bfloat16, which equals that of `block_exact` to the bit. */
+INLINE void block_pairs(const int columns, const int height, const int first, const int bits,
+                        const struct weights *w, const uint32_t *x, float *sum) {
+    const ints numbers = load_ints(NUMBERS);
+    floats acc[COLUMNS][TALL];
+    EACH (c, columns)
+        EACH (v, height) acc[c][v] = splat(0);
+    for (int chunk = 0; chunk < w->chunks; chunk++) {
+        fetch_next(bits, height, first, w, chunk);
+        EACH (slice, SLICES) {
+            EACH (v, height) {
+                const ints codes = codes_of(bits, w, chunk, slice, first + v);
+                EACH (half, 2) {
+                    const ints words = add_words(widen_pair(codes, half), w->pair_shift[first + v]);
+                    const ints value = look_up_words(numbers, words);
+                    EACH (c, columns)
+                        acc[c][v] = dot_pair(acc[c][v], value, x + half * columns + c);
+                }
+            }
+            x += 2 * columns;
+        }
+    }
+    EACH (c, columns)
+        EACH (v, height) {
+            float *at = sum + (c * STRIP + first + v) * LANES;
+            store_floats(at, add(load_floats(at), multiply(acc[c][v], w->scale[first + v])));
+        }
+}
+#endif
+
 INLINE void block_of(const int kind, const int columns, const int height, int first,
                      const struct segment *s, const struct weights *w, const char *x,
                      ptrdiff_t begin, int block, float *sum) {
     const char *ends = x + (ptrdiff_t)s->chunks * CHUNK * columns * (kind < INTEGER ? 4 : 1);
     const int8_t *codes = (const int8_t *)x + begin * columns;
+    const uint32_t *pairs = (const uint32_t *)x + begin / 2 * columns;
     const float *scale = (const float *)ends + 2 * block * columns;
     const int32_t *total = (const int32_t *)scale + columns;
     switch (kind) {
-    case INTEGER: block_int8(columns, height, first, s, w, codes, scale, total, sum); break;
-#define DIRECT(KIND, BITS, HAS_LEVELS)                                                             \
+#define INT8_CASE(KIND, BITS, HAS_LEVELS)                                                          \
     case KIND:                                                                                     \
-        block_direct(columns, height, first, BITS, HAS_LEVELS, s, w, codes, scale, total, sum);    \
+        block_int8(columns, height, first, BITS, HAS_LEVELS, s, w, codes, scale, total, sum);      \
         break;
-        DIRECT(INTEGER_1, 1, 0)
-        DIRECT(INTEGER_2, 2, 0)
-        DIRECT(INTEGER_4, 4, 0)
-        DIRECT(INTEGER_8, 8, 0)
-        DIRECT(LEVELS_1, 1, 1)
-        DIRECT(LEVELS_2, 2, 1)
-        DIRECT(LEVELS_4, 4, 1)
+        INT8_CASE(INTEGER, 0, 0)
+        INT8_CASE(INTEGER_1, 1, 0)
+        INT8_CASE(INTEGER_2, 2, 0)
+        INT8_CASE(INTEGER_4, 4, 0)
+        INT8_CASE(INTEGER_8, 8, 0)
+        INT8_CASE(LEVELS_1, 1, 1)
+        INT8_CASE(LEVELS_2, 2, 1)
+        INT8_CASE(LEVELS_4, 4, 1)
+#if HAS_PAIRS
+#define PAIRS_CASE(KIND, BITS)                                                                     \
+    case KIND: block_pairs(columns, height, first, BITS, w, pairs, sum); break;
+        PAIRS_CASE(PAIRS, 0)
+        PAIRS_CASE(PAIRS_2, 2)
+        PAIRS_CASE(PAIRS_4, 4)
+#endif
     default:
         block_exact(columns, height, first, kind, s, w, (const float *)x + begin * columns,
                     (const float *)ends + block * columns, sum);
@@ -225,13 +269,20 @@ typedef void block_function(int, const struct segment *, const struct weights *,
     EACH_TALL(FUNCTION, NAME, K, TALL)                                                             \
     static block_function *const NAME##_wide[] = {EACH_WIDE(NAMED, NAME, K, WIDE)};                \
     static block_function *const NAME##_tall[] = {EACH_TALL(NAMED, NAME, K, TALL)};
+#if HAS_PAIRS
+#define PAIR_KINDS(F) F(pairs, PAIRS) F(pairs_2, PAIRS_2) F(pairs_4, PAIRS_4)
+#else
+#define PAIR_KINDS(F)
+#endif
 #define EACH_KIND(F)                                                                               \
+    PAIR_KINDS(F)                                                                                  \
     F(table, TABLE)                                                                                \
     F(centered, CENTERED)                                                                          \
     F(plain, PLAIN)                                                                                \
-    F(paired, PAIRED) F(column, COLUMN) F(integer, INTEGER) F(integer_1, INTEGER_1)                \
-        F(integer_2, INTEGER_2) F(integer_4, INTEGER_4) F(integer_8, INTEGER_8)                    \
-            F(levels_1, LEVELS_1) F(levels_2, LEVELS_2) F(levels_4, LEVELS_4)
+    F(outliers, OUTLIERS)                                                                              \
+    F(column, COLUMN)                                                                              \
+    F(integer, INTEGER) F(integer_1, INTEGER_1) F(integer_2, INTEGER_2) F(integer_4, INTEGER_4)    \
+        F(integer_8, INTEGER_8) F(levels_1, LEVELS_1) F(levels_2, LEVELS_2) F(levels_4, LEVELS_4)
 EACH_KIND(FUNCTIONS)
 
 #define WIDE_TABLE(NAME, K) [K] = NAME##_wide,
@@ -239,22 +290,21 @@ EACH_KIND(FUNCTIONS)
 static block_function *const *const wide[] = {EACH_KIND(WIDE_TABLE)};
 static block_function *const *const tall[] = {EACH_KIND(TALL_TABLE)};
 
-/* Whether products unpack the codes of a segment in registers: for one panel of activations. */
-INLINE int is_direct(const struct segment *s, int precision, ptrdiff_t panels) {
-    return precision == INT8 && panels == 1 &&
-           (s->bits == 1 || s->bits == 2 || s->bits == 4 || s->bits == 8);
-}
-
-/* The kind of products with a segment. */
-INLINE int kind_of(const struct segment *s, int precision, int direct) {
-    if (precision == EXACT) return s->kind;
-    if (!direct) return INTEGER;
-    switch (s->bits) {
+/* The kind of products with a segment, for so many panels of activations. */
+INLINE int kind_of(const struct product *p, const struct segment *s, ptrdiff_t panels) {
+    const int bits = panels == 1 ? s->bits : 0;
+    if (has_pairs(p, s)) return bits == 2 ? PAIRS_2 : bits == 4 ? PAIRS_4 : PAIRS;
+    if (p->precision == EXACT) return s->kind;
+    switch (bits) {
     case 1: return s->byte_levels ? LEVELS_1 : INTEGER_1;
     case 2: return s->byte_levels ? LEVELS_2 : INTEGER_2;
     case 4: return s->byte_levels ? LEVELS_4 : INTEGER_4;
-    default: return INTEGER_8;
+    case 8: return INTEGER_8;
+    default: return INTEGER;
     }
 }
+
+/* Whether products of this kind unpack codes themselves. */
+INLINE int is_direct(int kind) { return kind >= PAIRS_2 && kind != INTEGER; }
 
 #endif

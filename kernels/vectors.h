@@ -84,12 +84,36 @@ INLINE floats look_up_32(const float *table, ints lanes) {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(table), lanes, _mm512_loadu_ps(table + LANES));
 }
 
+#ifdef __AVX512BF16__
+#define HAS_PAIRS 1
+/* Bytes 0 and 1 of each lane as its higher and its lower half, or bytes 2 and 3. */
+INLINE ints widen_pair(ints bytes, const int upper) {
+    const int32_t first = (int32_t)0x80008001, next = 0x00040004, by = upper * 0x00020002;
+    return _mm512_shuffle_epi8(bytes,
+                               _mm512_set4_epi32(first + by + 3 * next, first + by + 2 * next,
+                                                 first + by + next, first + by));
+}
+INLINE ints add_words(ints a, ints b) { return _mm512_add_epi16(a, b); }
+/* table[word] of 32 words, by the lowest five bits of each. */
+INLINE ints look_up_words(ints table, ints words) { return _mm512_permutexvar_epi16(words, table); }
+/* sum + the product of the higher halves with that of x + the product of the lower ones. */
+INLINE floats dot_pair(floats sum, ints pairs, const uint32_t *x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(_mm512_set1_epi32((int32_t)*x)));
+    return sum;
+}
+#endif
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "vectors_avx2.h"
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include "vectors_neon.h"
 #else
 #include "vectors_plain.h"
+#endif
+
+/* Whether there are instructions for pairs of bfloat16 in a lane. */
+#ifndef HAS_PAIRS
+#define HAS_PAIRS 0
 #endif
 
 #endif

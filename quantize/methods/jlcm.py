@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectool import options
+from spectool.errors import CheckpointError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.kernels.segments import Segment
 from spectool.model.packed import FieldSpec, PackedLinear
@@ -336,6 +337,9 @@ class JLCMLinear(PackedLinear):
         return levels_nK.gather(1, self.codes(rows).long())
 
     def segments(self) -> list[Segment]:
+        table_n = self.q.group.long()
+        if int(table_n.max()) >= len(self.q.codebook):
+            raise CheckpointError("the groups of a jlcm matrix are damaged: no such codebook")
         return [
             Segment(
                 codes=unpack_bits(self.q.codes, self.config.bits, self.in_features),
@@ -343,6 +347,6 @@ class JLCMLinear(PackedLinear):
                 group_size=self.in_features,
                 scale=self.q.scale.float()[:, None],
                 levels=self.q.codebook.float(),
-                table=self.q.group.long(),
+                table=table_n,
             )
         ]

@@ -89,3 +89,10 @@ def test_signs_and_salient_columns(
     torch.testing.assert_close(found_nm, expected_nm, rtol=0, atol=1e-6 * size)
     high, _ = linear.columns()
     assert torch.equal(found_nm[:, high], expected_nm[:, high])
+
+
+def test_groups_that_are_damaged(pack: Callable[..., Any]) -> None:
+    linear = pack("jlcm", weights(42, 64)).module
+    linear.q.group.fill_(200)
+    with pytest.raises(CheckpointError, match="no such codebook"):
+        linear.segments()
