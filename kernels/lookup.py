@@ -30,7 +30,6 @@ class Lookup(Kernel):
     """Products with rows of shared vectors."""
 
     source = "lookup"
-    smallest = 1 << 15
     # Unpacking takes longer for any number of rows: benchmarks/results/lookup-2-core-cpu.json.
     most_rows = sys.maxsize
 

@@ -208,8 +208,10 @@ def packed_product(
         for i, each in enumerate(zip(*[iter(tensors)] * NUM_TENSORS, strict=True))
     ]
     out_Nn = x.new_empty(len(x), len(segments[0][0].codes))
-    for rows in range(0, len(x), MOST_ROWS):
-        _multiply(x[rows : rows + MOST_ROWS], bias, segments, out_Nn[rows : rows + MOST_ROWS])
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        for rows in range(0, len(x), MOST_ROWS):
+            _multiply(x[rows : rows + MOST_ROWS], bias, segments, out_Nn[rows : rows + MOST_ROWS])
     return out_Nn
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import spectool
@@ -19,7 +19,11 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.decode.generate import Runner
 from spectool.errors import UnsupportedError, UsageError
+from spectool.kernels import build
+from spectool.kernels.lookup import Lookup
+from spectool.kernels.registry import use_kernels
 from spectool.model.architecture import Architecture
+from spectool.model.kernels import attach_kernels
 from spectool.model.packed import PackedLinear
 from spectool.quantize.base import parse_quantizer
 from spectool.quantize.export import export
@@ -199,6 +203,29 @@ def test_a_shortlist_decides_by_its_rows() -> None:
     top = (x_TD @ text.weight_VD.T).argmax(-1)
     agree = [float((logits.argmax(-1) == top).float().mean()) for logits in (found, rough)]
     assert agree[0] > agree[1]
+
+
+@pytest.mark.skipif(build.missing() is not None, reason="no C compiler here")
+@pytest.mark.parametrize("shortlist", [0, 8])
+@pytest.mark.parametrize("width", [0, 5])
+def test_in_decoding_a_head_multiplies_from_tables(width: int, shortlist: int) -> None:
+    linear, _, text = fitted(codes=16, width=width, frequent=4, shortlist=shortlist)
+    x_TD = text.states_TD[:20]
+    with torch.inference_mode():
+        expected = linear(x_TD)
+        choices = attach_kernels(nn.Sequential(linear), torch.float32)
+        assert str(choices["vq"]) == "kernel"
+        calls: list[int] = []
+        assert linear.product is not None
+        original = linear.product.kernel.linear
+        with use_kernels(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                Lookup, "linear", lambda _, x, *rest: calls.append(len(x)) or original(x, *rest)
+            )
+            found, alone = linear(x_TD), torch.cat([linear(row[None]) for row in x_TD])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, alone), "rows do not depend on each other"
+    assert calls == [20, *[1] * 20]
 
 
 @pytest.mark.parametrize("options", [{"codes": 16, "width": 0, "frequent": 4}, {"codes": 16}])
