@@ -106,11 +106,17 @@ def main() -> None:
         if name != "original":
             entry["way back"] = walk_back(model, path, texts["stories"], out)
         report[name] = entry
-        record.write(RESULTS / f"{given.name}.json", report)
+        write(report, given.name, out)
     if set(VARIANTS) <= set(results):
         cllm, forcing = (results[name]["jacobi:window=16"] for name in VARIANTS)
         report["forcing - cllm"] = paired(cllm, forcing)
-        record.write(RESULTS / f"{given.name}.json", report)
+        write(report, given.name, out)
+
+
+def write(report: dict[str, Any], name: str, out: Path) -> None:
+    """Write the report without the machine's own paths."""
+    text = record.to_text(report).replace(f"{out}/", "")
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def walk_back(model: Path, tuned: Path, text: Path, out: Path) -> list[dict[str, Any]]:
