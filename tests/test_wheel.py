@@ -69,7 +69,9 @@ def site(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def run_without_compiler(site: Path, tree: Path, cache: Path, script: str) -> str:
+def run_without_compiler(
+    site: Path, tree: Path, cache: Path, script: str, has_zig: bool = False
+) -> str:
     """Run Python code with an installed spectool and nothing on the PATH; return what it prints."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "CC"},
@@ -77,9 +79,9 @@ def run_without_compiler(site: Path, tree: Path, cache: Path, script: str) -> st
         "PYTHONPATH": str(site),
         "XDG_CACHE_HOME": str(cache),
     }
-    # Zig's compiler, if it is installed.
-    script = f"import sys\nsys.modules['ziglang'] = None\n{script}"
-    words = [sys.executable, "-c", script]
+    # Zig's compiler is no program of the PATH.
+    hide = "" if has_zig else "sys.modules['ziglang'] = None\n"
+    words = [sys.executable, "-c", f"import sys\n{hide}{script}"]
     done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -114,6 +116,16 @@ def test_without_a_compiler_and_without_kernels_torch_computes(
     told = run_without_compiler(bare, tree, tmp_path, TESTS)
     assert "test_formats_without_a_kernel_say_so PASSED" in told
     assert not re.search(r"test_it_computes_what_the_twin_does.* PASSED", told)
+
+
+@needs_zig
+def test_the_package_of_zig_is_a_compiler(site: Path, tree: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "site"
+    shutil.copytree(site, bare, ignore=shutil.ignore_patterns("prebuilt"))
+    _, library = run_without_compiler(bare, tree, tmp_path, LIBRARY, has_zig=True).splitlines()
+    assert ", compiled by zig; " in library
+    told = run_without_compiler(bare, tree, tmp_path, TESTS, has_zig=True)
+    assert re.search(r"test_it_computes_what_the_twin_does\[.*dense-bfloat16\] PASSED", told)
 
 
 def test_a_wheel_made_without_a_compiler_is_pure(tree: Path, tmp_path: Path) -> None:

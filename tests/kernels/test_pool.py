@@ -136,13 +136,15 @@ def test_a_forked_process_has_a_pool_of_its_own() -> None:
 def test_idle_threads_sleep() -> None:
     """Their processor time stands still, so torch's threads have the processors."""
 
-    def used(thread: int) -> int:
-        fields = Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
     (worker,) = run_pair() - {threading.get_native_id()}
-    time.sleep(0.05)
-    before = used(worker)
+
+    def fields() -> list[str]:
+        return Path(f"/proc/self/task/{worker}/stat").read_text().rpartition(")")[2].split()
+
+    until = time.monotonic() + 10
+    while fields()[0] != "S":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    before = fields()[11:13]
     time.sleep(0.2)
-    state = Path(f"/proc/self/task/{worker}/stat").read_text().rpartition(")")[2].split()[0]
-    assert used(worker) == before and state == "S"
+    assert fields()[0] == "S" and fields()[11:13] == before
