@@ -1,11 +1,10 @@
-"""Benchmark the kernels for few rows with large matrices against torch.
+"""Benchmark the kernels for few rows with large dense matrices against torch.
 
-    python benchmarks/few_rows.py [--formats int8,...] [--out benchmarks/results/...json]
+    python benchmarks/few_rows.py [--out benchmarks/results/...json]
 
 Multiplies the seven matrices of a layer with hidden size 2048, in several copies, so that they are
 read from memory rather than from a cache. The ways alternate; the minimum over some rounds counts.
-`dense torch` multiplies with the matrix as a dense one; `unpacking`, with codes unpacked at every
-product. The floor is the kernel's bytes over the memory bandwidth, measured by summing as many.
+The floor is the kernel's bytes over the memory bandwidth, measured by summing as many.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @torch.inference_mode()
-def measure(kernel: Kernel, *, is_dense: bool) -> dict[str, Any]:
+def measure(kernel: Kernel) -> dict[str, Any]:
     """Time each way to multiply, in milliseconds, for each number of rows."""
     generator = torch.Generator().manual_seed(0)
     shapes = SHAPES * LAYERS
@@ -41,10 +40,8 @@ def measure(kernel: Kernel, *, is_dense: bool) -> dict[str, Any]:
     dense = [kernel.matrix(each).to(kernel.dtype) for each in fields]
     ways: dict[str, Callable[[Tensor, int], Tensor]] = {
         "kernel": lambda x, i: kernel.linear(x, prepared[i], None),
-        "dense torch": lambda x, i: linear(x, dense[i]),
+        "torch": lambda x, i: linear(x, dense[i]),
     }
-    if not is_dense:
-        ways["unpacking"] = lambda x, i: linear(x, kernel.matrix(fields[i]).to(x.dtype))
     rows = []
     for count in ROWS:
         x = {m: torch.randn(count, m, generator=generator).to(kernel.dtype) for _, m in shapes}
@@ -63,18 +60,14 @@ def measure(kernel: Kernel, *, is_dense: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    formats = sorted({format for format, _, _ in registry.KERNELS})
-    parser.add_argument("--formats", default=",".join(formats), help="separated by commas")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     results: dict[str, Any] = {"machine": describe()}
     for key in registry.KERNELS:
         choice, name = registry.choose(*key), f"{key[0]} {str(key[2])[6:]}"
-        if key[0] not in given.formats.split(","):
-            continue
         if choice.kernel is None:
             raise SystemExit(f"{name}: nothing to measure: {choice}")
-        found = results[name] = measure(choice.kernel, is_dense=key[0] == "dense")
+        found = results[name] = measure(choice.kernel)
         print(
             f"{name}, {found['weights'] / 1e6:.0f} M weights: the floor is {found['floor']:.1f} ms"
         )

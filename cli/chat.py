@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from spectool.cli.common import Output, kv_record, open_runner, record, totals
+from spectool.cli.common import Output, open_runner, record, target_record, totals
 from spectool.data.template import template_arguments
 from spectool.decode.options import DrafterOptions, RequestOptions, SamplingParams
 from spectool.errors import Interrupted, SpectoolError, UsageError
@@ -314,7 +314,7 @@ class _Talk:
             "accepted": sum(result.accepted for result in results),
             "drafter": self.chat.runner.drafter_name,
             "lossless": self.lossless,
-            **kv_record(self.chat.runner),
+            **target_record(self.chat.runner),
         }
 
 

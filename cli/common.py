@@ -248,7 +248,7 @@ def open_runner(
         dtype=options.dtype or own,
         device=device,
         runtime=options.runtime,
-        for_decoding=True,
+        activations=options.activations,
         reporter=output,
     )
     tokenizer = loading.load_tokenizer(checkpoint)
@@ -260,6 +260,7 @@ def open_runner(
             strategy.small,
             tokenizer=tokenizer,
             context=options.context,
+            activations=options.activations,
             checksums=options.checksums,
         )
     runner = Runner(
@@ -289,9 +290,16 @@ def describe_kv(runner: Runner) -> str:
     return f"kv {target.kv}: {target.kv_bytes_per_token} bytes per token"
 
 
-def kv_record(runner: Runner) -> dict[str, Any]:
-    """Return the store of keys and values and its bytes, for --json."""
-    return {"kv": runner.target.kv, "kv_bytes_per_token": runner.target.kv_bytes_per_token}
+def target_record(runner: Runner) -> dict[str, Any]:
+    """Return what the model computed with, for --json: activations, and keys and values."""
+    from spectool.model.kernels import precision_of
+
+    target = runner.target
+    return {
+        "activations": precision_of(target.model),
+        "kv": target.kv,
+        "kv_bytes_per_token": target.kv_bytes_per_token,
+    }
 
 
 def read_prompts(

@@ -39,6 +39,7 @@ def doctor(output: Output, options: DoctorOptions) -> None:
     from spectool import machine
     from spectool.decode.policy import curve
     from spectool.kernels import build, registry
+    from spectool.model.kernels import DTYPES, describe_products
 
     machine.set_threads(None)
     described: dict[str, Any] = machine.describe()
@@ -63,8 +64,11 @@ def doctor(output: Output, options: DoctorOptions) -> None:
     else:
         built = {"reason": library}
         output.show(f"kernels: none ({library})")
-    output.show("matrices times few rows of activations, on a processor:")
+    output.show("products on a processor:")
     kernels = {
+        f"packed, {str(dtype).removeprefix('torch.')}": describe_products("cpu", dtype)
+        for dtype in DTYPES
+    } | {
         f"{format}, {str(dtype).removeprefix('torch.')}": str(
             registry.choose(format, device, dtype)
         )
@@ -72,7 +76,6 @@ def doctor(output: Output, options: DoctorOptions) -> None:
     }
     for name, choice in kernels.items():
         output.show(f"  {name}: {choice}")
-    output.show("  other formats: unpacked by torch at every pass")
     curves = curve.read_curves()
     shown = list(curves) if options.all else list(curves)[-NEWEST:]
     if shown:

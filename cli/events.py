@@ -38,7 +38,7 @@ def describe(event: Any) -> Iterator[str]:
         case Loaded(name=name):
             whole = f"{event.runtime} on {event.device}"
             size = (event.streamed_bytes or 0) / 1e9
-            streamed = f"run block by block ({size:.2f} GB as a whole)"
+            streamed = f"run {event.runtime} ({size:.2f} GB as a whole)"
             yield f"{name}: {whole if event.streamed_bytes is None else streamed}"
             if event.unused:
                 yield f"{name}: {unused_line(event.unused, event.kind)}"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from spectool.cli.common import (
     Output,
     describe_kv,
-    kv_record,
     open_runner,
     read_prompts,
     record,
     standard_input,
+    target_record,
     totals,
     turn_totals,
 )
@@ -113,7 +113,7 @@ def generate(
             f"{turns['small_share']:.0%} of the tokens by the small model, "
             f"{turns['switches']} switches, {turns['catch_up_tokens']} tokens read to catch up"
         )
-    ends = {"drafter": runner.drafter_name, "lossless": lossless, **kv_record(runner)}
+    ends = {"drafter": runner.drafter_name, "lossless": lossless, **target_record(runner)}
     if runner.target.why_lossy:
         ends["why_lossy"] = runner.target.why_lossy
     output.result({"results": list(map(record, results)), **found, **ends, **turns})

@@ -8,6 +8,7 @@ from typing import get_args
 from spectool import methods
 from spectool.cli.common import Output
 from spectool.errors import UsageError
+from spectool.kernels.precision import precisions_of
 from spectool.options import Config, option
 
 _PLURALS = {"kv": "KV stores", "strategy": "strategies"}
@@ -44,9 +45,25 @@ def list_methods(output: Output, options: ListOptions) -> None:
             output.show(_PLURALS.get(row.kind, f"{row.kind}s"))
             shown = row.kind
         others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
+        remarks = [f"also in {others}"] if others else []
+        for device, precisions in _kernels(name, row).items():
+            remarks.append(f"kernel on {device}: {' or '.join(precisions)} activations")
         output.show(
-            f"  {name:<{width}}  {row.summary}" + (f" [also in {others}]" if others else "")
+            f"  {name:<{width}}  {row.summary}" + "".join(f" [{remark}]" for remark in remarks)
         )
     keys = ("kind", "summary", "source", "status", "runs_in")
-    rows = [{"name": name, **{key: getattr(row, key) for key in keys}} for name, row in wanted]
+    rows = [
+        {
+            "name": name,
+            **{key: getattr(row, key) for key in keys},
+            "kernels": _kernels(name, row),
+        }
+        for name, row in wanted
+    ]
     output.result({"methods": rows})
+
+
+def _kernels(name: str, row: methods.Method) -> dict[str, tuple[str, ...]]:
+    """Return how a quantizer's products may take activations, by the device they run on."""
+    found = precisions_of(name) if row.kind == "quantizer" else ()
+    return {"cpu": found} if found else {}

@@ -83,6 +83,12 @@ class LoadOptions(PlaceOptions):
         "How to hold quantized weights: packed (as codes), dense (unpacked), or auto (packed where "
         "a kernel computes with the codes)",
     )
+    activations: str = option(
+        "auto",
+        "Activations in products with quantized weights: exact, int8 (rounded by row and block of "
+        "128 inputs, where the method has integers), or auto (int8 where that adds less than 2% to "
+        "the method's own loss)",
+    )
     checksums: bool = option(
         True, "Load quantized weights and draft heads without verifying checksums", switch=True
     )

@@ -50,7 +50,6 @@ class PackedFields(TrainedWeights):
                 method = entries[name]["method"] if name in entries else "its method"
                 raise UnsupportedError(f"{name}: the fields of {method} cannot be trained")
             _make_parameters(linear.q)
-            linear.product = None
             trained: Any = linear
             trained.forward = functools.partial(_forward, linear)
 

@@ -28,6 +28,7 @@ class PairOfCheckpoints:
     dtype: torch.dtype
     device: torch.device
     runtime: str
+    activations: str
 
     @property
     def context(self) -> int | None:
@@ -42,6 +43,7 @@ class PairOfCheckpoints:
             dtype=self.dtype,
             device=str(self.device),
             runtime=self.runtime,
+            activations=self.activations,
             reporter=reporter,
         )
         return model.requires_grad_(False)
@@ -104,6 +106,7 @@ class PairOfCheckpoints:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "runtime": self.runtime,
+            "activations": self.activations,
             # The number of threads changes the last bits of sums, and training amplifies them.
             "threads": torch.get_num_threads(),
             "versions": software_versions(),
@@ -117,6 +120,7 @@ def open_pair(
     dtype: torch.dtype | None,
     device: torch.device,
     runtime: str,
+    activations: str,
 ) -> PairOfCheckpoints:
     """Open the draft model beside its target.
 
@@ -140,4 +144,5 @@ def open_pair(
         dtype=dtype or default_dtype(checkpoint.layout, device),
         device=device,
         runtime=runtime,
+        activations=activations,
     )

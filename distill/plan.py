@@ -52,6 +52,7 @@ class Setup:
     dtype: torch.dtype
     device: torch.device
     runtime: str
+    activations: str
     seq_len: int
 
 
@@ -236,6 +237,7 @@ def make_identity(
         "dtype": str(setup.dtype).removeprefix("torch."),
         "device": setup.device.type,
         "runtime": setup.runtime,
+        "activations": setup.activations,
         "processes": processes.size,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),

@@ -93,6 +93,7 @@ def train_acceptance(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     runtime: str = "auto",
+    activations: str = "auto",
     overwrite: bool = False,
     metrics: Path | None = None,
     reporter: Reporter = SILENT,
@@ -109,7 +110,14 @@ def train_acceptance(
     check_target(out, overwrite=overwrite)
     where = check_device(device)
     check_optimizer(job.optimizer, where)
-    both = open_pair(checkpoint, job.draft_model, dtype=dtype, device=where, runtime=runtime)
+    both = open_pair(
+        checkpoint,
+        job.draft_model,
+        dtype=dtype,
+        device=where,
+        runtime=runtime,
+        activations=activations,
+    )
     seq_len = min(job.seq_len, both.context or job.seq_len)
     samples = read_corpus(job, both.tokenizer, seq_len, reporter)
     chosen = split(samples, held_out=job.held_out, seed=job.seed)

@@ -64,6 +64,7 @@ def train_heads(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     runtime: str = "auto",
+    activations: str = "auto",
     overwrite: bool = False,
     metrics: Path | None = None,
     processes: Processes = ALONE,
@@ -81,7 +82,7 @@ def train_heads(
     began = time.monotonic()
     with processes.together():
         where = processes.device(check_device(device))
-        setup = _setup(checkpoint, job, dtype, where, runtime)
+        setup = _setup(checkpoint, job, dtype, where, runtime, activations)
         preparation = _prepare(setup, job, out, overwrite, processes, reporter)
         if metrics is not None and processes.first:
             run = {"method": job.method, "run": hash_json(preparation.identity)}
@@ -209,6 +210,7 @@ def _setup(
     dtype: torch.dtype | None,
     device: torch.device,
     runtime: str,
+    activations: str,
 ) -> Setup:
     """Open the target's tokenizer, and decide how the target computes.
 
@@ -223,5 +225,6 @@ def _setup(
         dtype=dtype or default_dtype(checkpoint.layout, device),
         device=device,
         runtime=runtime,
+        activations=activations,
         seq_len=min(job.seq_len, checkpoint.layout.context or job.seq_len),
     )

@@ -100,6 +100,7 @@ def train_judge(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     runtime: str = "auto",
+    activations: str = "auto",
     overwrite: bool = False,
     metrics: Path | None = None,
     reporter: Reporter = SILENT,
@@ -116,7 +117,14 @@ def train_judge(
     began = time.monotonic()
     check_target(out, overwrite=overwrite)
     where = check_device(device)
-    both = open_pair(checkpoint, job.draft_model, dtype=dtype, device=where, runtime=runtime)
+    both = open_pair(
+        checkpoint,
+        job.draft_model,
+        dtype=dtype,
+        device=where,
+        runtime=runtime,
+        activations=activations,
+    )
     rule = Rule.of(job)
     questions = read_questions(job, rule, both.tokenizer, reporter)
     sides = split(questions, held_out=job.held_out, seed=job.seed)

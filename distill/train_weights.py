@@ -37,9 +37,9 @@ from spectool.errors import CheckpointError, TextError, UnsupportedError, UsageE
 from spectool.machine import available_memory, reproducible, software_versions
 from spectool.methods import import_method
 from spectool.model.architecture import Architecture
+from spectool.model.exchange import field_specs, replace_with_packed
 from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
 from spectool.model.meta import build_meta, read_config
-from spectool.model.packed import field_specs, replace_with_packed
 from spectool.options import Config, options_of
 from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import OPTIMIZERS, Metrics, check_optimizer
@@ -228,7 +228,9 @@ def _copy_without_weights(architecture: Architecture) -> PreTrainedModel:
 
 def _load(checkpoint: Checkpoint, device: torch.device, runtime: str) -> PreTrainedModel:
     """Load a model in float32."""
-    return load_model(checkpoint, dtype=torch.float32, device=str(device), runtime=runtime)
+    return load_model(
+        checkpoint, dtype=torch.float32, device=str(device), runtime=runtime, keep_fields=True
+    )
 
 
 def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:

@@ -150,7 +150,7 @@ class DataPreparation:
 
     def _open_writer(self, path: Path) -> ArtifactWriter:
         """Open the writer of an offline store, new or unfinished."""
-        names = ("batch_tokens", "device", "runtime", "threads", "versions")
+        names = ("batch_tokens", "device", "runtime", "activations", "threads", "versions")
         identity = self.key | {name: self.identity[name] for name in names}
         identity["features"] = feature_names(self.needs)
         return ArtifactWriter(path, identity=identity, overwrite=self.overwrite)
@@ -163,6 +163,7 @@ class DataPreparation:
             dtype=setup.dtype,
             device=str(setup.device),
             runtime=setup.runtime,
+            activations=setup.activations,
             reporter=self.reporter,
         )
         model.requires_grad_(False)

@@ -27,6 +27,7 @@ from spectool.decode.result import Result, loop_start
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
 from spectool.evaluate.baselines import Decode, Job
+from spectool.model.kernels import precision_of
 from spectool.model.loading import describe_runtime
 from spectool.report import (
     SILENT,
@@ -120,6 +121,7 @@ class Run(Part):
     prompts_left_out: int
     batch_size: int
     dtype: str
+    activations: str
     kv: str
     kv_bytes_per_token: int | None
     kept_share: float
@@ -212,6 +214,7 @@ def bench(
         prompts_left_out=len(prompts) - len(jobs),
         batch_size=options.batch_size,
         dtype=str(runner.target.model.dtype).removeprefix("torch."),
+        activations=precision_of(runner.target.model),
         kv=runner.target.kv,
         kv_bytes_per_token=runner.target.kv_bytes_per_token,
         kept_share=sum(map(min, lengths)) / sum(length for length, _ in lengths),

@@ -163,15 +163,17 @@ class Context:
                     reference = LogProbsReference(self._open_log_probs(self.reference))
                 elif self.reference is not None:
                     reference = StoredReference(self.reference)
+            log_probs = self._open_log_probs(self.checkpoint, self.load.kv)
             scores = score(
                 windows,
-                self._open_log_probs(self.checkpoint, self.load.kv),
+                log_probs,
                 self.vocabulary,
                 reference=reference,
                 batch_size=options.batch_size,
                 sink=writer.add if writer else None,
                 reporter=self.reporter,
             )
+            scores.activations = log_probs.activations
             for name, value in {"perplexity": scores.perplexity, "KL": scores.kl}.items():
                 if not math.isfinite(value):
                     raise NotFinite(
@@ -252,7 +254,12 @@ class Context:
             if kv != "dense":
                 raise UsageError(f"--kv {kv} needs the whole model; block by block has no cache")
             return BlockwiseLogProbs(
-                checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
+                checkpoint,
+                self.windows,
+                dtype=dtype,
+                device=self.device,
+                activations=None if self.load.runtime == "dense" else self.load.activations,
+                reporter=self.reporter,
             )
         model = self.load_model(checkpoint)
         return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
@@ -267,6 +274,7 @@ class Context:
             dtype=self._dtype(checkpoint),
             device=str(self.device),
             runtime=self.load.runtime,
+            activations=self.load.activations,
             reporter=self.reporter,
         )
 

@@ -20,8 +20,12 @@ from spectool.report import SILENT, Reporter
 
 @dataclass(slots=True)
 class Scores:
-    """Sums over scored tokens; the last three are of a reference, and 0 without one."""
+    """Sums over scored tokens; the last three are of a reference, and 0 without one.
 
+    `activations`: how the model's products with packed weights took them.
+    """
+
+    activations: str = "exact"
     num_tokens: int = 0
     nll: float = 0.0
     reference_nll: float = 0.0

@@ -21,6 +21,7 @@ from spectool.errors import NotFinite
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, BlockStream, Compute
 from spectool.model.finite import first_not_finite, not_finite
+from spectool.model.kernels import attach_products, plan_precision, precision_of
 from spectool.report import SILENT, Loaded, Reporter
 
 # Hidden states of all windows that take more bytes than this are kept in a temporary file.
@@ -31,7 +32,7 @@ class ResidentLogProbs:
     """Log-probabilities [B, L - 1, V] of each next token of a batch, by a model in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, self.activations = model, precision_of(model)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
@@ -63,6 +64,7 @@ class BlockwiseLogProbs:
     """Log-probabilities of a checkpoint of any size: all windows pass one block after another.
 
     One block is in memory at a time, and the hidden states of all windows, in a file if large.
+    `activations`: as `spectool.load` has them; None: packed matrices are unpacked.
     """
 
     def __init__(
@@ -72,17 +74,21 @@ class BlockwiseLogProbs:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        activations: str | None = None,
         batch_size: int = 4,
         reporter: Reporter = SILENT,
     ) -> None:
         architecture = Architecture(checkpoint)
-        self.name = str(checkpoint.path)
+        self.name, self.activations = str(checkpoint.path), "exact"
+        if activations is not None:
+            entries = checkpoint.layout.modules.values()
+            self.activations = plan_precision(entries, device, dtype, activations)
         reporter.event(
             Loaded(
                 name=checkpoint.name,
                 kind=type(architecture.model).__name__,
                 device=str(device),
-                runtime="block by block",
+                runtime=f"block by block, {self.activations} activations",
                 unused=architecture.unused,
                 notes=checkpoint.layout.notes,
                 streamed_bytes=resident_bytes(checkpoint.layout, dtype),
@@ -91,9 +97,13 @@ class BlockwiseLogProbs:
         compute = Compute(dtype=dtype, device=device, batch_size=batch_size)
         self.stream = BlockStream(architecture, compute, self._refuse, with_lm_head=True)
         self.shell, self.device = self.stream.shell, device
+        if activations is not None:
+            attach_products(self.shell.model, dtype, activations)
         self.hidden = [self._embed(ids_SL) for ids_SL in windows.groups]
         for index in range(len(architecture.blocks)):
             block = self.stream.build(index, self.stream.read(index))
+            if activations is not None:
+                attach_products(block, dtype, activations)
             for states in self.hidden:
                 self.stream.advance(index, block, states)
 

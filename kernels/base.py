@@ -36,12 +36,13 @@ class Kernel(ABC):
 
     `source` is the C file's name, with which its functions begin. `smallest`: for matrices of fewer
     weights the call costs more than it saves. `most_rows`: beyond so many rows another way is
-    faster.
+    faster. `everywhere`: it runs outside of decoding too.
     """
 
     source: ClassVar[str]
     smallest: ClassVar[int] = 1
     most_rows: int
+    everywhere: ClassVar[bool] = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -30,6 +30,7 @@ class Lookup(Kernel):
     """Products with rows of shared vectors."""
 
     source = "lookup"
+    everywhere = True
     # Unpacking takes longer for any number of rows: benchmarks/results/lookup-2-core-cpu.json.
     most_rows = sys.maxsize
 

@@ -1,7 +1,7 @@
 """The kernels by format, device and dtype of the activations, and where they are in force.
 
-A kernel runs only inside `use_kernels`, which passes of the decode loop and of draft heads enter.
-Outside (evaluation, calibration, training) the same modules compute with torch.
+The kernel of dense matrices runs only inside `use_kernels`, which passes of the decode loop and of
+draft heads enter. Outside (evaluation, calibration, training) the same modules compute with torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from torch import Tensor
 
 from spectool.kernels.base import Fields, Kernel
 from spectool.kernels.dense import Dense
-from spectool.kernels.int8 import Int8
 from spectool.kernels.lookup import Lookup
 
 KERNELS: dict[tuple[str, str, torch.dtype], type[Kernel]] = {
     ("dense", "cpu", torch.float32): Dense,
     ("dense", "cpu", torch.bfloat16): Dense,
-    ("int8", "cpu", torch.float32): Int8,
-    ("int8", "cpu", torch.bfloat16): Int8,
     ("vq", "cpu", torch.float32): Lookup,
     ("vq", "cpu", torch.bfloat16): Lookup,
 }
@@ -89,8 +86,14 @@ class Product:
         self._most_values = kernel.most_rows * num_inputs
 
     def supports(self, x: Tensor) -> bool:
-        """Whether kernels are in force, and x has the dtype and few enough rows for this one."""
-        return _force.on and x.dtype is self._dtype and x.numel() <= self._most_values
+        """Whether this kernel is in force, and x has its dtype and few enough rows for it.
+
+        It computes no gradients.
+        """
+        in_force = self.kernel.everywhere or _force.on
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad
+        fits = x.dtype is self._dtype and x.numel() <= self._most_values
+        return in_force and fits and not wants_gradient
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x [..., m] times the matrix transposed, plus bias [n]."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.tensors import Checkpoint, check_finite
 from spectool.errors import UnsupportedError, wrap_errors
 from spectool.model.decoder import find_blocks
+from spectool.model.exchange import field_specs, replace_with_packed
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
 from spectool.model.meta import build_meta, read_config
 from spectool.model.origins import (
@@ -30,7 +31,7 @@ from spectool.model.origins import (
     resolve_tensors,
     unused_tensors,
 )
-from spectool.model.packed import PackedExperts, field_specs, replace_with_packed
+from spectool.model.packed import PackedExperts
 
 
 class Architecture:

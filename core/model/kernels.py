@@ -1,13 +1,71 @@
-"""Kernels of a model's linear layers, which get them once, when a model is opened for decoding."""
+"""Kernels of a model's linear layers: products with packed matrices, and with dense ones.
+
+A packed linear whose format has a product here becomes one that owns the product: its codes are
+laid out anew, and the fields that they came in are freed, matrix by matrix. It computes by that
+product from then on, whoever calls. Dense layers get their kernel when a model is opened for
+decoding, and use it where kernels are in force (`kernels/registry.py`).
+"""
 
 from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectool.kernels import registry
-from spectool.model.packed import PackedExperts, PackedLinear
+from spectool import machine
+from spectool.errors import UnsupportedError
+from spectool.kernels import build, precision, products, registry
+from spectool.kernels.products import PackedProduct, precisions
+from spectool.model.packed import PackedEmbedding, PackedLinear, make_placeholder
+
+# Weights that are laid out anew before the memory used for it is given back to the system.
+TRIM = 1 << 25
+
+# Dtypes of activations that products take.
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class ProductLinear(PackedLinear):
+    """Packed linear that computes with the codes. The fields that they were stored in are gone."""
+
+    product: PackedProduct
+
+    @property
+    def weight(self) -> Tensor:
+        return make_placeholder(self.out_features, torch.device("cpu"))
+
+    @property
+    def is_differentiable(self) -> bool:
+        return False
+
+    def has_kernel(self) -> bool:
+        return True
+
+    def segments(self) -> None:
+        return None
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        return self.product.rows(rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in DTYPES and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.product(x, self.bias)
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProductLinear:
+        if fn(torch.empty(0)).device.type != "cpu":
+            raise UnsupportedError(
+                "the packed matrices of this model are laid out for the processor; it cannot move",
+                hint="load it on the device",
+            )
+        apply: Any = super()._apply
+        apply(fn, recurse)
+        return self
 
 
 class KernelLinear(nn.Linear):
@@ -28,23 +86,99 @@ class KernelLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
+def attach_products(
+    model: nn.Module, dtype: torch.dtype, activations: str = "auto"
+) -> dict[str, registry.Choice]:
+    """Let the packed linears of a model compute by products, where there are any.
+
+    `dtype`: of the activations. `activations`: `exact`, `int8` (where the format has integers) or
+    `auto`. A linear whose fields are trained is left alone, and so is an embedding that no lm_head
+    shares: its rows are only looked up. Returns the choice for each format that has rows of its own
+    in the kernels' table.
+    """
+    choices: dict[str, registry.Choice] = {}
+    # A list without the modules of their fields, which would keep these.
+    found = [each for each in model.modules() if isinstance(each, PackedLinear)]
+    weights = 0
+    for linear in found:
+        if not isinstance(linear, ProductLinear):
+            choices |= _attach_product(linear, dtype, activations)
+            weights += linear.in_features * linear.out_features
+            if weights >= TRIM or linear is found[-1]:
+                machine.trim_memory()
+                weights = 0
+    for module in model.modules():
+        if isinstance(module, PackedEmbedding) and isinstance(module.packed, ProductLinear):
+            module._modules.pop("q", None)
+    return choices
+
+
+def _attach_product(
+    linear: Any, dtype: torch.dtype, activations: str
+) -> dict[str, registry.Choice]:
+    """Replace the fields of a packed linear by a product, if there is one here.
+
+    A format with rows in the kernels' table keeps its fields; returns the choice for it.
+    """
+    # Fields that are trained are parameters.
+    is_trained = next(linear.q.parameters(), None) is not None
+    if is_trained or explain_missing(linear.weight.device, dtype):
+        return {}
+    shape = linear.out_features, linear.in_features
+    if linear.format is not None:
+        fields = dict(linear.q.named_buffers())
+        choice, linear.product = registry.prepare(linear.format, fields, shape, dtype)
+        return {linear.format: choice}
+    segments = linear.segments()
+    if segments is None:
+        return {}
+    bits = max(segment.bits for segment in segments)
+    wanted = precision.choose(linear.method, bits, activations)
+    chosen = wanted if wanted in precisions(segments) else "exact"
+    linear.product = PackedProduct(segments, shape, chosen)
+    # A tied lm_head has its fields as a plain attribute.
+    for holder in (linear._modules, linear.__dict__):
+        holder.pop("q", None)
+    # Only the class changes, so that names, hooks and other modules' references stay.
+    linear.__class__ = ProductLinear
+    return {}
+
+
+def explain_missing(device: torch.device, dtype: torch.dtype) -> str:
+    """Say why there are no products on a device for activations of a dtype; "" if there are."""
+    if device.type != "cpu":
+        return f"no kernel on {device.type}"
+    if dtype not in DTYPES:
+        return f"no kernel in {str(dtype).removeprefix('torch.')}"
+    return _missing_library()
+
+
+def describe_products(device: str, dtype: torch.dtype) -> str:
+    """Describe what multiplies with packed matrices on a type of device."""
+    reason = explain_missing(torch.device(device), dtype)
+    return f"torch ({reason})" if reason else "kernel"
+
+
+@functools.cache
+def _missing_library() -> str:
+    """Say why there is no library of products, which is tested here; "" if there is.
+
+    Raises:
+        RuntimeError: it computes wrong products.
+    """
+    if (reason := build.missing()) is None:
+        products.check()
+    return reason or ""
+
+
 def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.Choice]:
     """Give the linears of a model, with activations of a dtype, the kernels that there are here.
 
-    Returns the choice for each format of the table that the model has.
+    Returns the choice for the dense ones, if there are any, and those of `attach_products`.
     """
-    choices: dict[str, registry.Choice] = {}
-    experts: set[nn.Module] = set()
+    choices = attach_products(model, dtype)
     for module in model.modules():
-        if isinstance(module, PackedExperts):
-            # Their matrices are unpacked, not multiplied with.
-            experts.update(module.children())
-        elif isinstance(module, PackedLinear) and module.format and module not in experts:
-            fields, format = dict(module.q.named_buffers()), module.format
-            shape = module.out_features, module.in_features
-            choice, module.product = registry.prepare(format, fields, shape, dtype)
-            choices[format] = choice
-        elif isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
             weight, shape = module.weight, (module.out_features, module.in_features)
             choice, product = registry.prepare("dense", {"weight": weight}, shape, weight.dtype)
             if product is not None:
@@ -56,3 +190,46 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.C
             if product is not None or "dense" not in choices:
                 choices["dense"] = choice
     return choices
+
+
+def precision_of(model: nn.Module) -> str:
+    """Return how the products of a model take activations: exact, int8, or both."""
+    products = (each.product for each in model.modules() if isinstance(each, ProductLinear))
+    return _name({product.precision for product in products})
+
+
+def plan_precision(
+    entries: Iterable[Mapping[str, Any]], device: torch.device, dtype: torch.dtype, activations: str
+) -> str:
+    """Return how products with the matrices of an artifact's entries will take activations."""
+    if explain_missing(device, dtype):
+        return "exact"
+    return _name(
+        {
+            precision.choose(entry["method"], entry["options"].get("bits"), activations)
+            for entry in entries
+        }
+    )
+
+
+def _name(found: set[precision.Precision]) -> str:
+    return " and ".join(sorted(found)) or "exact"
+
+
+def describe_packed(model: nn.Module) -> str:
+    """Describe how the packed linears of a model compute, or return "" if it has none."""
+    ways = Counter(
+        _describe(module) for module in model.modules() if isinstance(module, PackedLinear)
+    )
+    if not ways:
+        return ""
+    parts = list(ways) if len(ways) == 1 else [f"{count} {way}" for way, count in ways.items()]
+    return f"{ways.total()} linears packed ({', '.join(parts)})"
+
+
+def _describe(linear: PackedLinear) -> str:
+    if isinstance(linear, ProductLinear):
+        return f"by kernel, {linear.product.precision} activations"
+    if linear.has_kernel():
+        return "by kernel"
+    return "unpacked each time"

@@ -18,16 +18,18 @@ from spectool.checkpoint.headers import Layout, read_json
 from spectool.checkpoint.tensors import Checkpoint, check_finite, hash_json, open_checkpoint
 from spectool.errors import CheckpointError, UsageError, require, silence_logger, wrap_errors
 from spectool.kernels import cpu
+from spectool.kernels.precision import ACTIVATIONS
 from spectool.model import registration
 from spectool.model.architecture import Architecture
 from spectool.model.causal import check_causal
-from spectool.model.kernels import attach_kernels
+from spectool.model.exchange import unpack_in_place
+from spectool.model.kernels import attach_products, describe_packed
 from spectool.model.meta import model_class, read_config
 from spectool.model.origins import resolve_tensors, unused_tensors
-from spectool.model.packed import packed_modules, unpack_in_place
+from spectool.model.packed import packed_modules
 from spectool.report import SILENT, Loaded, Reporter
 
-# `auto` unpacks if the dense weights take at most this share of the free memory.
+# `auto` unpacks what has no kernel if that takes at most this share of the free memory.
 DENSE_SHARE = 0.5
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
@@ -58,6 +60,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     runtime: str = "packed",
+    activations: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     checksums: bool = True,
@@ -68,9 +71,10 @@ def load(
 
     `dtype`: of the activations and of the weights that are not packed; None: as the checkpoint
     states. `runtime`: `packed` (weights stay in their codes), `dense` (weights are unpacked once,
-    at loading) or `auto` (`dense` where no kernel computes with the codes on this machine and
-    memory suffices). `checksums`: compare the files of a packed checkpoint with the checksums in
-    its index.
+    at loading) or `auto` (`packed` where a kernel computes with the codes on this machine, else
+    `dense` if memory suffices). `activations`, as products with codes take them: `exact`, `int8`
+    (rounded by row and block) or `auto` (rounded where that changes almost nothing). `checksums`:
+    compare the files of a packed checkpoint with the checksums in its index.
 
     Raises:
         InputError: the checkpoint is missing, damaged or incomplete.
@@ -82,7 +86,9 @@ def load(
         checksums=checksums,
         seq2seq=True,
     )
-    return load_model(checkpoint, dtype=dtype, device=device, runtime=runtime)
+    return load_model(
+        checkpoint, dtype=dtype, device=device, runtime=runtime, activations=activations
+    )
 
 
 def load_model(
@@ -91,26 +97,33 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     runtime: str = "packed",
-    for_decoding: bool = False,
+    activations: str = "auto",
+    keep_fields: bool = False,
     reporter: Reporter = SILENT,
 ) -> PreTrainedModel:
     """Load a checkpoint as a transformers model; see `spectool.load`.
 
-    With `for_decoding`, `auto` leaves packed what the passes of decoding have a kernel for.
+    With `keep_fields`, packed matrices keep the tensors that are stored of them, as training needs,
+    and compute with what is unpacked from these.
 
     Raises:
-        InputError: as `spectool.load`, or an invalid `runtime`, `dtype` or `device`.
+        InputError: as `spectool.load`, or an invalid `runtime`, `activations`, `dtype` or `device`.
     """
-    if runtime not in RUNTIMES:
-        raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
+    for name, given, known in (
+        ("runtime", runtime, RUNTIMES),
+        ("activations", activations, ACTIVATIONS),
+    ):
+        if given not in known:
+            raise UsageError(f"{name} {given}: expected one of {', '.join(known)}")
     target = check_device(device)
     model = _open(checkpoint, parse_dtype(dtype))
     moved: nn.Module = model
     moved.to(target).eval()
-    if runtime == "auto" and for_decoding:
-        attach_kernels(model, model.dtype)
-    if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
-        unpack_in_place(model, dtype=model.dtype)
+    if runtime != "dense" and not keep_fields:
+        _release_files(model, checkpoint.layout)
+        attach_products(model, model.dtype, activations)
+    if runtime == "dense" or (runtime == "auto" and _fits_dense(model)):
+        unpack_in_place(model, dtype=model.dtype, keep_kernels=runtime == "auto")
     reporter.event(
         Loaded(
             name=checkpoint.name,
@@ -159,15 +172,18 @@ def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and slow else stated
 
 
-def _is_better_dense(model: PreTrainedModel) -> bool:
-    """Whether every pass would unpack the codes, and memory suffices for dense weights."""
-    # Matrices with a kernel of the table stay packed in any case. Without the lm_head: a fitted
-    # one may have a kernel although the blocks have none.
-    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    packed = [part for part in packed_modules(model).values() if part is not output]
-    if not packed or any(module.has_kernel() for module in packed):
-        return False
-    weights = sum(part.in_features * part.out_features for part in packed if part.product is None)
+def _release_files(model: PreTrainedModel, layout: Layout) -> None:
+    """Copy the dense tensors that are mapped from a file of codes: one of them keeps all mapped."""
+    files = {entry.path for name, entry in layout.tensors.items() if ".q." in name}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if ".q." not in name and name in layout.tensors and layout.tensors[name].path in files:
+            tensor.data = tensor.data.clone()
+
+
+def _fits_dense(model: PreTrainedModel) -> bool:
+    """Whether memory suffices to unpack the matrices that have no kernel."""
+    packed = [part for part in packed_modules(model).values() if not part.has_kernel()]
+    weights = sum(part.in_features * part.out_features for part in packed)
     return weights * model.dtype.itemsize < DENSE_SHARE * machine.available_memory(model.device)
 
 
@@ -266,11 +282,8 @@ def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def describe_runtime(model: PreTrainedModel) -> str:
     """Describe how the model computes with its weights, for the header of a run."""
-    packed = packed_modules(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    if packed:
-        by_kernel = all(m.has_kernel() or m.product is not None for m in packed.values())
-        way = "by kernel" if by_kernel else "unpacked each time"
-        return f"{len(packed)} linears packed ({way}), {dtype}"
+    if packed := describe_packed(model):
+        return f"{packed}, {dtype}"
     unpacked = getattr(model.config, "quantization_config", None) is not None
     return f"{'unpacked to dense once' if unpacked else 'dense'}, {dtype}"

@@ -1,4 +1,4 @@
-"""Packed matrices in a transformers model: their modules, and their exchange with dense ones.
+"""Packed matrices in a transformers model: the modules that hold them.
 
 A packed matrix is a set of named tensors ("fields") below `<module>.q.`; the method that wrote
 them defines how to unpack them. `dequantize` is the specification of a format; a `forward` may be
@@ -11,7 +11,7 @@ Shapes: n outputs, m inputs, N tokens, V vocabulary, D width, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectool.errors import CheckpointError
-from spectool.kernels.registry import Product
 from spectool.kernels.segments import Segment
 from spectool.methods import import_method
 
@@ -54,15 +53,18 @@ class Fields(nn.Module):
 class PackedLinear(nn.Module):
     """Base of every method's runtime linear, `y = x W^T + b` with packed W.
 
-    A subclass implements `rows`, or `dequantize` if rows cannot be unpacked one by one, and
-    `forward` if it has a faster one. `format` names the rows of the kernels' table, if there are
-    any. `config`: the options of the method, if unpacking depends on them.
+    A subclass implements `rows`, or `dequantize` if rows cannot be unpacked one by one, `segments`
+    if products can read the format, and `forward` if it has a faster one, by `product` where that
+    is given. `format` names the rows of the kernels' table for a format that is no segments.
+    `method`: the method that packed it, in a model that was loaded. `config`: its options, if
+    unpacking depends on them.
     """
 
     format: ClassVar[str | None] = None
+    method = ""
+    product: Any = None
     q: Fields
     bias: nn.Parameter | None
-    product: Product | None = None
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: Any = None) -> None:
         super().__init__()
@@ -120,8 +122,6 @@ class PackedLinear(nn.Module):
         return False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.product is not None and self.product.supports(x):
-            return self.product(x, self.bias)
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -219,10 +219,49 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight
 
 
-class PackedExperts(nn.Module):
-    """Replacement of a fused expert tensor [E, n, m] that unpacks one expert's matrix per index.
+class ExpertMatrix:
+    """One expert's matrix, for code that takes its slice of a fused tensor and multiplies with it.
 
-    `like` is an empty tensor in the dtype of activations, so that `.to(dtype)` works.
+    Products with it are those of its packed linear. Whatever else is done with it is done with the
+    unpacked matrix, in the dtype of activations.
+    """
+
+    def __init__(self, linear: PackedLinear, *, transposed: bool, dtype: torch.dtype) -> None:
+        self.linear, self.transposed, self.dtype = linear, transposed, dtype
+
+    def unpack(self) -> Tensor:
+        """Unpack the matrix, transposed or not."""
+        weight = self.linear.dequantize().to(self.dtype)
+        return weight.T if self.transposed else weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "T":
+            return ExpertMatrix(self.linear, transposed=not self.transposed, dtype=self.dtype)
+        return getattr(self.unpack(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        # x W^T with W as it is, and x W with W transposed, are what the linear computes.
+        transposed = {F.linear: False, **dict.fromkeys(_MATMULS, True)}.get(func)
+        if not kwargs and transposed is not None and isinstance(args[1], ExpertMatrix):
+            x, matrix, *bias = args
+            if matrix.transposed is transposed:
+                y = matrix.linear(x)
+                return y if not bias or bias[0] is None else y + bias[0]
+        plain = [each.unpack() if isinstance(each, cls) else each for each in args]
+        return func(*plain, **(kwargs or {}))
+
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class PackedExperts(nn.Module):
+    """Replacement of a fused expert tensor [E, n, m] that gives one expert's matrix per index.
+
+    The matrix is unpacked, or an `ExpertMatrix` where it has a kernel. `like` is an empty tensor in
+    the dtype of activations, so that `.to(dtype)` works.
     """
 
     like: Tensor
@@ -236,11 +275,25 @@ class PackedExperts(nn.Module):
         self.transposed = transposed
         self.register_buffer("like", torch.zeros(0, dtype=dtype), persistent=False)
 
-    def __getitem__(self, index: int | Tensor) -> Tensor:
+    def matrices(self) -> Iterator[ExpertMatrix]:
+        """Yield the matrix of each expert."""
+        for expert in self.children():
+            assert isinstance(expert, PackedLinear)
+            yield ExpertMatrix(expert, transposed=self.transposed, dtype=self.like.dtype)
+
+    def has_kernel(self) -> bool:
+        """Whether all experts have a kernel."""
+        return all(matrix.linear.has_kernel() for matrix in self.matrices())
+
+    def unpack(self) -> Tensor:
+        """Unpack the whole tensor."""
+        return torch.stack([matrix.unpack() for matrix in self.matrices()])
+
+    def __getitem__(self, index: int | Tensor) -> Tensor | ExpertMatrix:
         expert = self._modules[str(int(index))]
         assert isinstance(expert, PackedLinear)
-        weight = expert.dequantize().to(self.like.dtype)
-        return weight.T if self.transposed else weight
+        matrix = ExpertMatrix(expert, transposed=self.transposed, dtype=self.like.dtype)
+        return matrix if expert.has_kernel() else matrix.unpack()
 
 
 class Packer(Protocol):
@@ -274,7 +327,9 @@ def build_packed(entry: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
                 f"field {field} of a packed {n} x {m} matrix is {_describe(spec.get(field))}, "
                 f"expected {_describe(expected.get(field))}"
             )
-    return packer.build((n, m))
+    linear = packer.build((n, m))
+    linear.method = entry["method"]
+    return linear
 
 
 def load_packed(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> PackedLinear:
@@ -287,124 +342,6 @@ def load_packed(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> Packe
 
 def _describe(spec: TensorSpec | None) -> str:
     return "absent" if spec is None else f"{spec[0]} {list(spec[1])}"
-
-
-def replace_with_packed(
-    model: nn.Module,
-    modules: Mapping[str, Mapping[str, Any]],
-    specs: Mapping[str, FieldSpec],
-    *,
-    dtype: torch.dtype,
-    prefix: str = "",
-) -> None:
-    """Replace the named matrices of `model` by empty packed ones; biases are kept.
-
-    An embedding that is `tied` to an lm_head replaces both.
-
-    `modules`: an artifact's entries by name. `specs`: the fields of these matrices by name.
-    `prefix`: the name of `model` within these names.
-
-    Raises:
-        CheckpointError: a name that the model does not have, or fields that are absent.
-    """
-    experts: dict[str, dict[int, PackedLinear]] = {}
-    for name, entry in modules.items():
-        if name not in specs:
-            raise CheckpointError(f"{name}: the artifact says it is packed, but holds no codes")
-        local = name.removeprefix(prefix + ".") if prefix else name
-        try:
-            packed = build_packed(entry, specs[name])
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        if entry.get("expert"):
-            tensor, _, index = local.rpartition(".")
-            experts.setdefault(tensor, {})[int(index)] = packed
-            continue
-        parent, leaf = _parent(model, local)
-        old = getattr(parent, leaf)
-        if isinstance(old, nn.Embedding):
-            setattr(parent, leaf, PackedEmbedding(old, packed, dtype))
-            if "tied" not in entry:
-                continue
-            parent, leaf = _parent(model, entry["tied"])
-            old = getattr(parent, leaf)
-            ties: Any = model.all_tied_weights_keys
-            if ties.pop(f"{entry['tied']}.weight", None) is None:
-                raise CheckpointError(
-                    f"{entry['tied']}: the architecture does not tie it to {name}"
-                )
-            # Not a child: the fields are the embedding's, and transformers ties only parameters.
-            packed.__dict__["q"] = packed._modules.pop("q")
-        elif entry.get("outside"):
-            # An lm_head of its own, even if the architecture ties it.
-            getattr(model, "all_tied_weights_keys", {}).pop(f"{local}.weight", None)
-        packed.bias = old.bias
-        if entry.get("bias") and old.bias is None:
-            packed.bias = nn.Parameter(torch.empty(packed.out_features, dtype=dtype), False)
-        setattr(parent, leaf, packed)
-    for local, slices in experts.items():
-        parent, leaf = _parent(model, local)
-        transposed = bool(parent.is_transposed)
-        del parent._parameters[leaf]
-        setattr(parent, leaf, PackedExperts(slices, transposed=transposed, dtype=dtype))
-        # Only the eager loop over experts indexes the tensor; fused kernels read all of it.
-        parent.config._experts_implementation = "eager"
-
-
-def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
-    """Return the module that holds `name`, and the attribute's name in it."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        parent = model.get_submodule(path)
-    except AttributeError as error:
-        raise CheckpointError(f"{name}: the architecture has no such module") from error
-    if not hasattr(parent, leaf):
-        raise CheckpointError(f"{name}: the architecture has no such module")
-    return parent, leaf
-
-
-def field_specs(tensors: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
-    """Group stored tensors `<name>.q.<field>` by name."""
-    specs: dict[str, dict[str, TensorSpec]] = {}
-    for key, header in tensors.items():
-        name, infix, field = key.rpartition(".q.")
-        if infix:
-            specs.setdefault(name, {})[field] = header
-    return specs
-
-
-def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
-    """Replace the packed matrices that have no kernel by dense ones, one after another."""
-    tables: dict[int, nn.Parameter] = {}
-    for parent in list(model.modules()):
-        for leaf, child in list(parent.named_children()):
-            if isinstance(child, PackedExperts):
-                stacked = torch.stack([child[index] for index in range(len(child._modules))])
-                delattr(parent, leaf)
-                parent.register_parameter(leaf, nn.Parameter(stacked.to(dtype).contiguous(), False))
-                continue
-            if isinstance(parent, PackedExperts):
-                continue
-            if not isinstance(child, (PackedLinear, PackedEmbedding)):
-                continue
-            packed = child.packed if isinstance(child, PackedEmbedding) else child
-            if packed.product is not None or (packed is child and not packed.is_matrix):
-                continue
-            # A tied lm_head has the fields of the embedding, and gets the same weight.
-            if id(child.q) not in tables:
-                tables[id(child.q)] = nn.Parameter(child.dequantize().to(dtype).contiguous(), False)
-            if isinstance(child, PackedEmbedding):
-                table = child.embedding
-                del table.weight
-                table.register_parameter("weight", tables[id(child.q)])
-                setattr(parent, leaf, table)
-            else:
-                dense = nn.Linear(
-                    child.in_features, child.out_features, bias=False, device="meta", dtype=dtype
-                )
-                dense.weight = tables[id(child.q)]
-                dense.register_parameter("bias", child.bias)
-                setattr(parent, leaf, dense)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:

@@ -25,12 +25,8 @@ from spectool.checkpoint.formats import FORMAT_VERSION, packed_entries, upgrade_
 from spectool.checkpoint.headers import PACKED_INDEX, guards_of, read_checksums, read_shards
 from spectool.checkpoint.tensors import torch_dtype
 from spectool.errors import UnsupportedError
-from spectool.model.packed import (
-    PackedEmbedding,
-    TensorSpec,
-    field_specs,
-    replace_with_packed,
-)
+from spectool.model.exchange import field_specs, replace_with_packed
+from spectool.model.packed import PackedEmbedding, TensorSpec
 
 if TYPE_CHECKING:
     # Not at run time: transformers.modeling_utils imports the registry, so this module may be

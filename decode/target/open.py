@@ -43,12 +43,14 @@ def open_strategy(
     *,
     tokenizer: PreTrainedTokenizerBase,
     context: int | None = None,
+    activations: str = "auto",
     checksums: bool = True,
 ) -> Target[Any]:
     """Open a strategy, `NAME:key=value,...`, of a model and a smaller checkpoint.
 
     The smaller one is loaded with the dtype, the device and the kind of cache of the model.
-    `tokenizer` is the model's, `context` the one that was asked for.
+    `tokenizer` is the model's; `context` and `activations` (`spectool.load`) those that were asked
+    for.
 
     Raises:
         InputError: a wrong strategy, another tokenizer, a checkpoint that cannot be decoded.
@@ -64,7 +66,9 @@ def open_strategy(
             f"--small {small}: its tokenizer is not the large model's, so neither model could read "
             "what the other one writes"
         )
-    model = load_model(checkpoint, dtype=large.dtype, device=str(large.device))
+    model = load_model(
+        checkpoint, dtype=large.dtype, device=str(large.device), activations=activations
+    )
     opened: Target[Any] = strategy(large, open_target(model, context=context, kv=large.kv), config)
     opened.notes += checkpoint.layout.notes
     return opened

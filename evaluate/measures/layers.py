@@ -10,7 +10,8 @@ from spectool.checkpoint.tensors import Checkpoint
 from spectool.evaluate.context import Context, Need
 from spectool.evaluate.measures.base import Measure
 from spectool.model.architecture import Architecture
-from spectool.model.packed import build_packed, field_specs, relative_error
+from spectool.model.exchange import field_specs
+from spectool.model.packed import build_packed, relative_error
 
 
 @dataclass(frozen=True, slots=True)

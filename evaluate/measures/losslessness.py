@@ -15,12 +15,14 @@ from spectool.evaluate.measures.base import Measure
 class Identical:
     """Share of prompts, of the drafter with the fewest, whose output is plain decoding's.
 
-    In float32 it is 1; in other dtypes near ties may be decided otherwise.
+    In float32 it is 1; in other dtypes near ties may be decided otherwise. `activations`: how
+    products with packed weights take them.
     """
 
     value: float
     prompts: int
     dtype: str
+    activations: str
     drafters: dict[str, int]
 
 
@@ -39,14 +41,16 @@ class Losslessness(Measure):
                 value=min(counts.values()) / run.prompts,
                 prompts=run.prompts,
                 dtype=run.dtype,
+                activations=run.activations,
                 drafters=counts,
             )
         )
 
     def lines(self) -> Iterator[str]:
         found = self.losslessness
+        how = f"{found.dtype}, {found.activations} activations"
         for name, count in found.drafters.items():
-            yield f"{name}: {count} of {found.prompts} outputs as plain decoding's ({found.dtype})"
+            yield f"{name}: {count} of {found.prompts} outputs as plain decoding's ({how})"
 
 
 def list_mismatches(run: Run) -> list[str]:

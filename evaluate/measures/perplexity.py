@@ -12,12 +12,13 @@ from spectool.evaluate.measures.base import Measure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """A perplexity, with the windows and the store of keys and values that it holds for."""
+    """A perplexity, with the windows, activations and store of keys and values it holds for."""
 
     value: float
     tokens: int
     window: int
     bos: bool
+    activations: str
     kv: str
 
 
@@ -35,6 +36,7 @@ class Perplexity(Measure):
                 tokens=context.scores.num_tokens,
                 window=context.windows.length,
                 bos=context.windows.bos is not None,
+                activations=context.scores.activations,
                 kv=context.load.kv,
             )
         )

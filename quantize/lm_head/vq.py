@@ -427,8 +427,8 @@ class VQLinear(PackedLinear):
         return _decode(self.q.codebook.float(), codes_nSG, self.in_features)
 
     def has_kernel(self) -> bool:
-        """Return whether each row has one code: then products with the vectors are gathered."""
-        return self.config.single and not self.config.shortlist
+        """Return whether there are tables, or one code a row: products are gathered from either."""
+        return self.product is not None or (self.config.single and not self.config.shortlist)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self._multiply(x)
@@ -447,7 +447,8 @@ class VQLinear(PackedLinear):
     def _multiply(self, x: Tensor) -> Tensor:
         """Compute the product with the shared vectors."""
         if self.product is not None and self.product.supports(x):
-            return self.product(x, self.bias)
+            product: Tensor = self.product(x, self.bias)
+            return product
         if not self.config.single:
             return F.linear(x, self._shared(slice(None)).to(x.dtype), self.bias)
         book_Km = self.q.codebook[0, 0].to(x.dtype)

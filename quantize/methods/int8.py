@@ -48,8 +48,6 @@ class Int8(Quantizer):
 class Int8Linear(PackedLinear):
     """Packed linear of `int8`. Fields: codes I8 [n, m], scale F32 [n]."""
 
-    format = "int8"
-
     def rows(self, rows: slice | Tensor) -> Tensor:
         return self.q.codes[rows].float().mul_((self.q.scale[rows] / 127)[:, None])
 

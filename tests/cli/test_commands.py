@@ -167,7 +167,8 @@ def test_eval_compares_and_gates(
     done = spectool(*words, "--gate", "perplexity_ratio<=100", "--json")
     assert done.code == 0, done.err
     result = done.json
-    assert {"value", "tokens", "window", "bos", "kv"} == result["perplexity"].keys()
+    named = {"value", "tokens", "window", "bos", "activations", "kv"}
+    assert named == result["perplexity"].keys()
     assert {"reference", "perplexity_ratio", "kl", "top1_agreement", "gates"} <= result.keys()
     assert result["gates"] == [
         {
@@ -285,8 +286,12 @@ def test_bench_refuses_a_wrong_drafter_before_it_decodes(
 
 
 def test_list_and_doctor(spectool: Spectool) -> None:
-    everything = spectool("list", "--json").json["methods"]
+    everything = spectool("list", "--all", "--json").json["methods"]
     assert {row["name"] for row in everything} >= {"rtn", "nf4", "int8", "ngram", "rejection"}
+    kernels = {row["name"]: row["kernels"] for row in everything}
+    assert kernels["rtn"] == {"cpu": ["exact", "int8"]} and kernels["olive"] == {"cpu": ["exact"]}
+    assert kernels["vq"] == kernels["ngram"] == {}
+    assert "[kernel on cpu: exact or int8 activations]" in spectool("list", "quantizers").out
     only = spectool("list", "drafter").out
     assert "ngram" in only and "rtn" not in only
     assert spectool("list", "cheese").code == 2
@@ -303,7 +308,7 @@ def test_list_and_doctor(spectool: Spectool) -> None:
         flags = ", ".join(built["flags"]) or "only what all processors of its kind have"
         expected = f"{built['variant']}, {built['origin']}; the processor's flags used: {flags}"
         assert f"kernels: {expected}\n" in people
-    assert {"dense, bfloat16", "int8, float32"} <= doctor["kernels"].keys()
+    assert {"dense, bfloat16", "packed, float32"} <= doctor["kernels"].keys()
     for name, choice in doctor["kernels"].items():
         assert re.fullmatch(r"torch \(.+\)|kernel( for up to \d+ rows)?", choice)
         assert f"  {name}: {choice}\n" in people

@@ -17,7 +17,8 @@ import spectool
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.model.loading import default_dtype, describe_runtime, load_tokenizer
+from spectool.model.kernels import ProductLinear
+from spectool.model.loading import default_dtype, describe_runtime, load_model, load_tokenizer
 from spectool.model.packed import PackedExperts, packed_modules
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
@@ -47,16 +48,25 @@ def test_dtype_of_activations_and_dense_weights(artifact: Path, dtype: Any) -> N
     assert model.dtype == want and model.lm_head.weight.dtype == want
     assert not model.training
     for module in packed_modules(model).values():
-        assert module.q.scale.dtype == torch.float16 and module.q.codes.dtype == torch.uint8
+        assert isinstance(module, ProductLinear) == (want != torch.float16)
+        if not isinstance(module, ProductLinear):
+            assert module.q.scale.dtype == torch.float16 and module.q.codes.dtype == torch.uint8
     assert model(input_ids=torch.tensor([[5, 6]])).logits.dtype == want
 
 
 def test_runtimes(artifact: Path, checkpoint: Checkpoints) -> None:
-    packed = spectool.load(artifact, runtime="packed")
+    packed = spectool.load(artifact, runtime="packed", activations="exact")
+    rounded = spectool.load(artifact, activations="int8")
+    fields = load_model(open_checkpoint(artifact), keep_fields=True)
     dense = spectool.load(artifact, runtime="dense")
     assert len(packed_modules(packed)) == 14 and not packed_modules(dense)
     assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
-    assert describe_runtime(packed) == "14 linears packed (unpacked each time), float32"
+    for model, way in (
+        (packed, "by kernel, exact activations"),
+        (rounded, "by kernel, int8 activations"),
+        (fields, "unpacked each time"),
+    ):
+        assert describe_runtime(model) == f"14 linears packed ({way}), float32"
     assert describe_runtime(dense) == "unpacked to dense once, float32"
     assert describe_runtime(spectool.load(checkpoint("llama"))) == "dense, float32"
 
@@ -66,14 +76,18 @@ def test_dense_experts_take_the_place_of_packed_ones(
 ) -> None:
     job = QuantizeJob(method="rtn", config=RTN.Config(), allow_dense=True)
     quantize(open_checkpoint(checkpoint("mixtral")), tmp_path / "out", job)
-    packed, dense = (spectool.load(tmp_path / "out", runtime=r) for r in ("packed", "dense"))
+    packed, dense = (
+        spectool.load(tmp_path / "out", runtime=runtime, activations="exact")
+        for runtime in ("packed", "dense")
+    )
     assert any(isinstance(part, PackedExperts) for part in packed.modules())
     assert not any(isinstance(part, PackedExperts) for part in dense.modules())
     ids = torch.arange(2, 30)[None]
     with torch.inference_mode():
-        torch.testing.assert_close(
-            dense(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=1e-4, atol=1e-3
-        )
+        for model in (packed, load_model(open_checkpoint(tmp_path / "out"), keep_fields=True)):
+            torch.testing.assert_close(
+                dense(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-3
+            )
 
 
 @pytest.mark.parametrize(
@@ -81,6 +95,7 @@ def test_dense_experts_take_the_place_of_packed_ones(
     [
         ({"dtype": "int4"}, "dtype int4: expected float32"),
         ({"runtime": "fast"}, "runtime fast: expected one of auto"),
+        ({"activations": "int4"}, "activations int4: expected one of auto, exact, int8"),
         ({"device": "abacus"}, "device abacus: expected cpu"),
     ],
 )
@@ -148,9 +163,11 @@ def test_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
         assert "\n" not in str(e.value)
 
 
-def test_auto_unpacks_only_where_memory_allows(
+def test_auto_unpacks_what_has_no_kernel_where_memory_allows(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert len(packed_modules(spectool.load(artifact, runtime="auto"))) == 14
+    monkeypatch.setattr("spectool.model.kernels.explain_missing", lambda *_: "no compiler")
     assert not packed_modules(spectool.load(artifact, runtime="auto"))
     monkeypatch.setattr("spectool.machine.available_memory", lambda device: 1000)
     assert len(packed_modules(spectool.load(artifact, runtime="auto"))) == 14

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from spectool.errors import CheckpointError, UsageError
+from spectool.model.exchange import field_specs, replace_with_packed, unpack_in_place
 from spectool.model.packed import (
     Fields,
     PackedExperts,
     PackedLinear,
     build_packed,
-    field_specs,
     packed_modules,
     relative_error,
-    replace_with_packed,
-    unpack_in_place,
 )
 
 SPEC = {"codes": (torch.uint8, (3, 4)), "scale": (torch.float16, (3,))}

@@ -115,8 +115,9 @@ def test_a_scales_gradient_is_that_of_its_weights(checkpoint: Checkpoints, tmp_p
     """For w = s (q - z): dL/ds is the sum over the group of dL/dw (q - z), here w / s."""
     source = checkpoint("llama")
     packed = open_checkpoint(pack(source, tmp_path / "packed", "rtn:bits=3,group_size=16"))
+    trained = load_model(packed, dtype=torch.float32, keep_fields=True)
     task = WeightTask(
-        name="logits", model=load_model(packed, dtype=torch.float32), source=packed,
+        name="logits", model=trained, source=packed,
         architecture=Architecture(packed), texts=TextBatches([], lambda _: [], [], 64),
         device=torch.device("cpu"), seed=0, record={},
     )  # fmt: skip

@@ -10,7 +10,11 @@ from spectool.evaluate.measures.divergence import Divergence, ReferenceModel
 from spectool.evaluate.measures.perplexity import Perplexity, Protocol
 
 RESULTS = [
-    Perplexity(perplexity=Protocol(value=4.0, tokens=100, window=8, bos=True, kv="dense")),
+    Perplexity(
+        perplexity=Protocol(
+            value=4.0, tokens=100, window=8, bos=True, activations="exact", kv="dense"
+        )
+    ),
     Divergence(
         reference=ReferenceModel(perplexity=3.8),
         perplexity_ratio=1.05,

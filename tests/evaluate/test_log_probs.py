@@ -46,25 +46,30 @@ def test_batches_cover_all_windows_in_order() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gemma3", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("activations", [None, "exact", "int8"])
 def test_block_by_block_equals_resident(
-    family: str, packed: bool, checkpoint: Callable[..., Path], tmp_path: Path
+    family: str, activations: str | None, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = checkpoint(family)
-    if packed:
+    if activations is not None:
         path = tmp_path / "packed"
         job = QuantizeJob(method="rtn", config=RTN.Config())
         quantize(open_checkpoint(checkpoint(family)), path, job)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 300, (90,), generator=generator).tolist()
     windows = cut(ids, length=20, bos=0)
-    model = spectool.load(path)
+    model = spectool.load(path, activations=activations or "auto")
     # As block by block. The default, grouped products, calls the BLAS with other shapes: that moves
     # the last bits on a processor without AVX-512 (by 1.9e-6; MKL_ENABLE_INSTRUCTIONS=AVX2).
     model.set_experts_implementation("eager")
     resident = ResidentLogProbs(model)
     blockwise = BlockwiseLogProbs(
-        open_checkpoint(path), windows, dtype=torch.float32, device=torch.device("cpu")
+        open_checkpoint(path),
+        windows,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        activations=activations,
     )
+    assert blockwise.activations == resident.activations
     for batch in windows.batches(320, batch_size=4):
         assert torch.equal(blockwise(batch), resident(batch))

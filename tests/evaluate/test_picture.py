@@ -38,6 +38,7 @@ def run(batch_size: int, *categories: str) -> Run:
         model="/models/small",
         runtime="dense, float32",
         dtype="float32",
+        activations="exact",
         kv="dense",
         kv_bytes_per_token=None,
         prompts=4,

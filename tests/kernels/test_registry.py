@@ -117,8 +117,8 @@ def test_wrong_products_are_an_error(kernel: Kernel, monkeypatch: pytest.MonkeyP
 
 
 def test_formats_without_a_kernel_say_so() -> None:
-    assert str(registry.choose("int8", "cpu", torch.float16)) == (
-        "torch (no kernel for int8 in float16 on cpu)"
+    assert str(registry.choose("dense", "cpu", torch.float16)) == (
+        "torch (no kernel for dense in float16 on cpu)"
     )
 
 

@@ -72,7 +72,7 @@ def test_dense_again(
     (line,) = export(open_checkpoint(packed), tmp_path / "dense", "dense")
     assert line == f"vllm serve {tmp_path / 'dense'}"
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-    torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
+    torch.testing.assert_close(logits(dense), logits(spectool.load(packed, activations="exact")))
     assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
     AutoTokenizer.from_pretrained(tmp_path / "dense")
     spectool.load(tmp_path / "dense")
@@ -113,7 +113,7 @@ def test_compressed_tensors_by_its_own_code(
     config = QuantizationConfig.model_validate(quantization)
     scheme = config.config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(quantization["format"])
-    stored, ours = weights(out), packed_modules(spectool.load(packed))
+    stored, ours = weights(out), packed_modules(spectool.load(packed, activations="exact"))
     assert ours and quantization["ignore"] == ["lm_head"]
     for name, linear in ours.items():
         tensors = {
@@ -136,7 +136,7 @@ def test_compressed_tensors_by_its_own_code(
         # Zero points of that library's modules (0.20) have another shape than those it packs.
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         torch.testing.assert_close(
-            logits(theirs), logits(spectool.load(packed)), rtol=2e-2, atol=2e-2
+            logits(theirs), logits(spectool.load(packed, activations="exact")), rtol=2e-2, atol=2e-2
         )
 
 
@@ -154,7 +154,7 @@ def test_several_schemes_are_groups_of_the_format(
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(quantization)
     compressor = BaseCompressor.get_value_from_registry(quantization["format"])
-    stored, ours = weights(out), packed_modules(spectool.load(packed))
+    stored, ours = weights(out), packed_modules(spectool.load(packed, activations="exact"))
     found = {}
     for scheme in config.config_groups.values():
         for name in scheme.targets:
@@ -168,7 +168,9 @@ def test_several_schemes_are_groups_of_the_format(
             assert torch.equal(found[name], wanted)
     assert found.keys() == ours.keys() and len(config.config_groups) == 2
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    torch.testing.assert_close(logits(theirs), logits(spectool.load(packed)), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        logits(theirs), logits(spectool.load(packed, activations="exact")), rtol=2e-2, atol=2e-2
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_a_fitted_lm_head_where_the_architecture_has_a_bias(
     assert config["tie_word_embeddings"] is False
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert dense.lm_head.bias.any()
-    torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
+    torch.testing.assert_close(logits(dense), logits(spectool.load(packed, activations="exact")))
     torch.testing.assert_close(logits(spectool.load(tmp_path / "dense")), logits(dense))
 
 
@@ -237,7 +239,7 @@ def test_a_fitted_bias_that_is_zero_is_left_out(
         return
     export(open_checkpoint(packed), tmp_path / "dense", "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-    torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
+    torch.testing.assert_close(logits(dense), logits(spectool.load(packed, activations="exact")))
 
 
 def test_what_is_no_packed_checkpoint(

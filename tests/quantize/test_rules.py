@@ -23,6 +23,8 @@ from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.log_probs import BlockwiseLogProbs, ResidentLogProbs
 from spectool.evaluate.measures.layers import layer_errors
 from spectool.model.architecture import Architecture
+from spectool.model.kernels import ProductLinear
+from spectool.model.loading import load_model
 from spectool.model.packed import PackedEmbedding, PackedLinear, dense_weight
 from spectool.quantize.base import parse_quantizer
 from spectool.quantize.export import export
@@ -227,22 +229,27 @@ def test_embedding_and_head_are_packed_and_read_back(
     job = {"embeddings": parse_quantizer(choice), "allow_dense": True}
     out = compress(source, "rtn", bits=8, group_size=16, job=job)
     layout = read_layout(out)
-    model: Any = spectool.load(out)
+    model: Any = load_model(open_checkpoint(out), keep_fields=True)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, PackedEmbedding) and isinstance(head, PackedLinear)
     tied = spectool.load(source).config.get_text_config().tie_word_embeddings
     outside = [name for name, entry in layout.modules.items() if "outside" in entry]
     assert len(outside) == (1 if tied else 2)
     # The same model with these matrices dense: the same numbers.
-    dense: Any = spectool.load(
-        compress(source, "rtn", bits=8, group_size=16, out="dense", job={"allow_dense": True})
-    )
+    others = compress(source, "rtn", bits=8, group_size=16, out="dense", job={"allow_dense": True})
+    dense: Any = load_model(open_checkpoint(others), keep_fields=True)
     for ours, theirs in (
         (table, dense.get_input_embeddings()),
         (head, dense.get_output_embeddings()),
     ):
         theirs.weight = nn.Parameter(dense_weight(ours), requires_grad=False)
     assert torch.equal(logits(model), logits(dense))
+    # By products, of which the lm_head and its embedding may share one, up to the order of sums.
+    fast: Any = spectool.load(out, activations="exact")
+    table, head = fast.get_input_embeddings(), fast.get_output_embeddings()
+    assert isinstance(head, ProductLinear) and (table.packed is head) == tied
+    scale = float(logits(dense).abs().max())
+    torch.testing.assert_close(logits(fast), logits(dense), rtol=0, atol=1e-5 * scale)
     # So does the dequantized model, and the exported one.
     unpacked: Any = spectool.load(out, runtime="dense")
     assert torch.equal(logits(unpacked), logits(dense))
@@ -318,9 +325,10 @@ def test_walked_blockwise_as_in_memory(checkpoint: Checkpoints, compress: Compre
     for family in ("llama", "llama-tied", "gemma3"):
         out = compress(checkpoint(family), "rtn", out=family, job={"embeddings": INT8})
         windows = cut(list(range(3, 60)), length=16, bos=0)
-        resident = ResidentLogProbs(spectool.load(out))
+        resident = ResidentLogProbs(spectool.load(out, activations="exact"))
         opened = open_checkpoint(out)
-        where = {"dtype": torch.float32, "device": torch.device("cpu")}
+        where: Any = {"dtype": torch.float32, "device": torch.device("cpu")}
+        where["activations"] = "exact"
         blockwise = BlockwiseLogProbs(opened, windows, **where)
         for batch in windows.batches(300):
             assert torch.allclose(resident(batch), blockwise(batch), atol=1e-5)
@@ -336,7 +344,7 @@ def test_layer_errors_name_what_lies_outside(checkpoint: Checkpoints, compress: 
 
 def test_a_dtype_moves_activations_not_codes(checkpoint: Checkpoints, compress: Compress) -> None:
     out = compress(checkpoint("gemma3"), "rtn", job={"embeddings": INT8})
-    model: Any = spectool.load(out, dtype="bfloat16")
+    model: Any = load_model(open_checkpoint(out), dtype="bfloat16", keep_fields=True)
     assert model.get_input_embeddings()(IDS_BL).dtype == torch.bfloat16
     assert logits(model).dtype == torch.bfloat16
     assert model.get_input_embeddings().q.codes.dtype == torch.int8

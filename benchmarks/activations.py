@@ -1,0 +1,109 @@
+"""Measure what rounding activations to 8 bits adds to each method's divergence from the original.
+
+    python benchmarks/fidelity.py texts SHARED FOLDER
+    python benchmarks/activations.py MODEL CALIBRATION TEXT ... --out FILE [--only METHOD ...]
+
+Quantizes MODEL with every method that has products with integers, calibrated as in `fidelity.py`,
+and runs the result as `generate` and `eval` do, in float32, with exact activations and with rounded
+ones. Each is compared with the original on the TEXTs: KL in nats per token, over the tokens of all.
+FILE gets the rows of the table in `kernels/precision.py`, which says what `--activations auto`
+does. Those that it holds already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fidelity import SAMPLES, SEQ_LEN
+from record import write
+
+from spectool.checkpoint.tensors import open_checkpoint
+from spectool.decode.options import CacheOptions
+from spectool.evaluate.context import Context
+from spectool.evaluate.options import EvalOptions
+from spectool.kernels.precision import LEAST, SHARE, Row
+from spectool.machine import describe
+from spectool.methods import import_method
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.run import quantize
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    *(("rtn", {"bits": bits}) for bits in (4, 2, 3, 8)),
+    ("nf4", {}),
+    ("int8", {}),
+    ("ptq161", {"epochs": 4}),
+    *(("gptq", {"bits": bits}) for bits in (4, 2)),
+    *(("hqq", {"bits": bits}) for bits in (4, 2)),
+    ("jlcm", {"bits": 2, "epochs": 4}),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="dense checkpoint")
+    parser.add_argument("calibration", help="text that methods are calibrated on")
+    parser.add_argument("texts", nargs="+", help="held-out texts")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--only", nargs="+", help="methods to measure; default: all")
+    given = parser.parse_args()
+    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    done = [(row["method"], row["options"]) for row in rows]
+    for method, options in METHODS:
+        if (method, options) in done or method not in (given.only or [method]):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out"
+            job = QuantizeJob(
+                method=method,
+                config=import_method(method, "quantizer").Config(**options),
+                calibration=(given.calibration,),
+                samples=SAMPLES,
+                seq_len=SEQ_LEN,
+            )
+            quantize(open_checkpoint(given.model), out, job)
+            row = {"method": method, "options": options}
+            rows.append(row | compare(out, given.model, given.texts))
+        print(rows[-1], flush=True)
+        write(
+            given.out,
+            {
+                "benchmark": "activations",
+                "machine": describe(),
+                "model": Path(given.model).name,
+                "texts": [Path(text).stem for text in given.texts],
+                "share": SHARE,
+                "least": LEAST,
+                "rows": rows,
+            },
+        )
+
+
+def compare(packed: Path, original: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Return the divergence of a packed checkpoint with exact activations, and what int8 adds."""
+    exact, tokens = divergence(packed, original, texts, "exact")
+    added = divergence(packed, original, texts, "int8")[0] - exact
+    return {"tokens": tokens, "kl": exact, "added": added, "auto": Row(exact, added).auto}
+
+
+def divergence(
+    packed: Path, original: str, texts: Sequence[str], activations: str
+) -> tuple[float, int]:
+    """Return the KL from the original, and the number of tokens that it is the mean of."""
+    total, tokens = 0.0, 0
+    load = CacheOptions(model=str(packed), dtype="float32", activations=activations)
+    for text in texts:
+        options = EvalOptions(reference=original, text=(text,), bos=True, measure=("divergence",))
+        context = Context(load, options)
+        context.needs |= {"windows", "reference"}
+        assert context.scores.activations == activations
+        total, tokens = total + context.scores.kl, tokens + context.scores.num_tokens
+    return total / tokens, tokens
+
+
+if __name__ == "__main__":
+    main()

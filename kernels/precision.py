@@ -1,0 +1,87 @@
+"""What products do with activations: `exact` takes them as they are, `int8` rounds them.
+
+`auto` takes a method's row of the table: `int8` where rounding the activations adds less than
+`SHARE` of the divergence that the method itself causes, or less than `LEAST` nat. The figures are
+those of `benchmarks/activations.py`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Precision = Literal["exact", "int8"]
+ACTIVATIONS = ("auto", *get_args(Precision))
+
+# Divergence that `auto` lets rounded activations add: this share of the method's own, or this many
+# nats per token.
+SHARE, LEAST = 0.02, 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Divergence from the dense model in nats per token: the method's own, and what int8 adds."""
+
+    own: float
+    added: float
+
+    @property
+    def auto(self) -> Precision:
+        """The precision of `--activations auto`."""
+        return "int8" if self.added < max(SHARE * self.own, LEAST) else "exact"
+
+
+# Rows of a method by the bits of its codes, the most bits where it has codes of several widths. The
+# more bits, the less a method loses itself, and the less may be added. Where nothing was measured,
+# activations are exact.
+PRECISIONS: dict[str, dict[int, Row]] = {
+    "rtn": {
+        2: Row(0.16, -1.49e-04),
+        3: Row(0.0248, 2.34e-04),
+        4: Row(0.00664, 4.75e-04),
+        8: Row(3.12e-05, 6.46e-04),
+    },
+    "nf4": {
+        4: Row(0.00643, 1.98e-04),
+    },
+    "int8": {
+        8: Row(4.63e-05, 6.17e-04),
+    },
+    "ptq161": {
+        4: Row(0.0651, 3.01e-05),
+    },
+    "gptq": {
+        2: Row(0.03, 1.29e-04),
+        3: Row(0.00598, 4.03e-04),
+        4: Row(0.00131, 5.49e-04),
+    },
+    "hqq": {
+        4: Row(0.00547, 1.97e-04),
+    },
+    "jlcm": {},
+}
+
+# Methods whose products have no integers: levels of a column's own, or of pairs of columns.
+EXACT_ONLY = ("olive", "scalar")
+
+
+def precisions_of(method: str) -> tuple[Precision, ...]:
+    """Return the precisions that there are products in, none for a method without a kernel."""
+    if method in EXACT_ONLY:
+        return ("exact",)
+    return ("exact", "int8") if method in PRECISIONS else ()
+
+
+def choose(method: str, bits: float | None, activations: str) -> Precision:
+    """Choose how a method's products take activations, as far as there is a choice.
+
+    `bits`: of its codes; None for a method with one width. With `auto`, bits between two rows are
+    those of the next row, and more than were measured are `exact`.
+    """
+    if activations == "exact" or "int8" not in precisions_of(method):
+        return "exact"
+    if activations == "int8":
+        return "int8"
+    rows = PRECISIONS[method]
+    width = min((each for each in rows if each >= (bits or 0)), default=None)
+    return "exact" if width is None else rows[width].auto
