@@ -2,7 +2,8 @@
  *
  * A number is 8 bytes; a tensor is its number of bytes, 0 for null, and these. A product is its
  * number of segments and of rows, inputs, outputs and tiles, the bytes of a row, precision, type and
- * threads, the tensors x, order and bias; and each segment its seven numbers and eleven tensors. */
+ * threads, the tensors x, order and bias; and of each segment the number of its numbers, these, and
+ * its tensors. */
 #include "panels.h"
 
 #include <stdio.h>
@@ -23,18 +24,12 @@ static void *read_tensor(void) {
     return bytes;
 }
 
+/* The members of a segment: pointers, then numbers. */
 static void read_segment(struct segment *s) {
-    int32_t *const numbers[] = {&s->num_blocks, &s->chunks,     &s->groups, &s->bits,
-                                &s->kind,       &s->parameters, &s->center};
-    const void **const tensors[] = {
-        (const void **)&s->codes,       (const void **)&s->scale,
-        (const void **)&s->zero,        (const void **)&s->offset,
-        (const void **)&s->levels,      (const void **)&s->byte_levels,
-        (const void **)&s->level_scale, (const void **)&s->table,
-        (const void **)&s->blocks,      (const void **)&s->columns,
-        (const void **)&s->column_scale};
-    for (int i = 0; i < 7; i++) *numbers[i] = (int32_t)read_number();
-    for (int i = 0; i < 11; i++) *tensors[i] = read_tensor();
+    const size_t pointers = offsetof(struct segment, num_blocks) / sizeof(void *);
+    int32_t *numbers = &s->num_blocks;
+    for (int64_t count = read_number(); count > 0; count--) *numbers++ = (int32_t)read_number();
+    for (size_t i = 0; i < pointers; i++) ((void **)s)[i] = read_tensor();
 }
 
 int main(void) {

@@ -87,7 +87,8 @@ def record(product: PackedProduct, x_Nm: Tensor, bias_n: Tensor | None) -> Itera
     tensors = [x_Nm, product._order_P, bias_n]
     for part in product._parts:
         yield from (struct.pack("<q", len(raw)) + raw for raw in map(as_bytes, tensors))
-        yield struct.pack("<7q", *(part.numbers[name] for name in NUMBERS))
+        segment = [len(NUMBERS), *(part.numbers[name] for name in NUMBERS)]
+        yield struct.pack(f"<{len(segment)}q", *segment)
         tensors = [part.tensors.get(name) for name in TENSORS]
     yield from (struct.pack("<q", len(raw)) + raw for raw in map(as_bytes, tensors))
 
