@@ -56,19 +56,25 @@ def test_two_threads_run_at_the_same_time_and_one_is_the_caller() -> None:
         assert len(threads) == 2 and threading.get_native_id() in threads
 
 
+ALONE = """
+import ctypes, os, sys, threading
+run = ctypes.CDLL(sys.argv[1]).pool_run
+seen = set()
+task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t)(
+    lambda _, index: seen.add(threading.get_native_id())
+)
+run(task, None, ctypes.c_ssize_t(50), 1)
+run(task, None, ctypes.c_ssize_t(1), 8)
+assert seen == {os.getpid()} and len(os.listdir("/proc/self/task")) == 1
+run(task, None, ctypes.c_ssize_t(50), 3)
+assert len(os.listdir("/proc/self/task")) == 3
+"""
+
+
 def test_one_thread_is_the_caller_and_starts_no_other() -> None:
-    script = (
-        "import os, threading\n"
-        "from tests.kernels.test_pool import pool_run\n"
-        "before, seen = os.listdir('/proc/self/task'), set()\n"
-        "pool_run(lambda index: seen.add(threading.get_native_id()), 50, 1)\n"
-        "pool_run(lambda index: seen.add(threading.get_native_id()), 1, 8)\n"
-        "assert seen == {os.getpid()} and os.listdir('/proc/self/task') == before\n"
-        "pool_run(seen.add, 50, 3)\n"
-        "assert len(os.listdir('/proc/self/task')) == len(before) + 2\n"
-    )
-    root = Path(__file__).parent.parent.parent
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=root)
+    library = build.load_library()
+    assert not isinstance(library, str)
+    subprocess.run([sys.executable, "-c", ALONE, library.functions._name], check=True)
 
 
 def test_a_second_caller_runs_all_in_its_own_thread() -> None:
