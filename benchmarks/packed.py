@@ -35,6 +35,8 @@ METHODS: dict[str, tuple[object, ...]] = {
     "ptq161": ("--epochs", 0, "--no-compensate", "--samples", 4, "--seq-len", 128),
 }
 DRAFT = "trigram+recycle:tune"
+# Bytes that are read to measure the bandwidth.
+READ = 1 << 29
 # Runtime and activations.
 WAYS = (("dense", "exact"), ("packed", "exact"), ("packed", "int8"))
 
@@ -42,6 +44,17 @@ WAYS = (("dense", "exact"), ("packed", "exact"), ("packed", "int8"))
 def stored_bytes(model: Path) -> int:
     """Return the bytes of a checkpoint's tensors."""
     return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def decoding(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run of `bench` says of decoding, without the time of the prompts."""
+    seconds = found["seconds"] * (1 - found["prompt_share"])
+    return {
+        "ms_per_token": 1e3 * seconds / found["new_tokens"],
+        "tokens_per_forward": found["tokens_per_forward"],
+        "identical": found["identical"],
+        "prompts": found["prompts"],
+    }
 
 
 def main() -> None:
@@ -58,10 +71,12 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
+    bandwidth = max(READ / read_seconds(READ) for _ in range(5))
     results: dict[str, Any] = {"benchmark": "packed", "machine": describe()}
     wide = out / "wide"
     parameters = widen(given.shared / "models/codestory-10M", wide, **WIDTHS, dtype="bfloat16")
-    results |= {"model": "codestory-10M, widened", "parameters": parameters, "runs": []}
+    results |= {"model": "codestory-10M, widened", "parameters": parameters}
+    results |= {"draft": DRAFT, "bytes_per_second": bandwidth, "runs": []}
 
     def run(model: Path, method: str, dtype: str, runtime: str, activations: str) -> None:
         size = stored_bytes(model)
@@ -74,11 +89,12 @@ def main() -> None:
         )  # fmt: skip
         row = {
             "method": method, "dtype": dtype, "runtime": runtime, "activations": activations,
-            "bytes": size, "floor_ms_per_token": 1e3 * read_seconds(size), "bench": found,
+            "bytes": size, "floor_ms": 1e3 * size / bandwidth,
+            "plain": decoding(found["baseline"]), "drafted": decoding(found["drafters"][0]),
         }  # fmt: skip
+        print(row)
         results["runs"].append(row)
-        text = record.to_text(results).replace(f"{out}/", "")
-        (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
+        record.write(RESULTS / f"{given.name}.json", results)
 
     for dtype in given.dtypes:
         run(wide, "none", dtype, "dense", "exact")

@@ -57,14 +57,6 @@ static void prepare(const struct segment *s, ptrdiff_t strip, ptrdiff_t chunk,
     for (int v = tiles; v < STRIP; v++) w->levels[v] = w->levels[0];
 }
 
-/* Convert to bfloat16: to the nearest, ties to even; NaN stays NaN. */
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)(value != value ? 0x7fc0 : rounded);
-}
-
 /* Store the outputs of a tile for one row. */
 static void store_tile(const struct product *p, ptrdiff_t tile, ptrdiff_t row, const float *sum) {
     const ptrdiff_t first = tile * LANES, left = p->num_outputs - first;

@@ -101,14 +101,23 @@ class Product:
 
 
 def prepare(
-    format: str, fields: Fields, shape: tuple[int, int], dtype: torch.dtype
+    format: str,
+    fields: Fields,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    smallest: int | None = None,
 ) -> tuple[Choice, Product | None]:
-    """Choose the kernel for a matrix [n, m], and prepare the matrix for it."""
+    """Choose the kernel for a matrix [n, m], and prepare the matrix for it.
+
+    Matrices of fewer than `smallest` weights are left to torch; None: as the kernel says.
+    """
     key = format, next(iter(fields.values())).device.type, dtype
     kind = KERNELS.get(key)
-    if kind is not None and shape[0] * shape[1] < kind.smallest:
+    if kind is not None and smallest is None:
+        smallest = kind.smallest
+    if smallest and shape[0] * shape[1] < smallest:
         # Not chosen, so a model of small matrices does not start the compiler.
-        return Choice(None, f"matrices of fewer than {kind.smallest} weights"), None
+        return Choice(None, f"matrices of fewer than {smallest} weights"), None
     choice = choose(*key)
     if choice.kernel is None:
         return choice, None

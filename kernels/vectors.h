@@ -15,6 +15,14 @@
 #define LINE 64 /* bytes of a vector, and of a cache line */
 #define INLINE static inline __attribute__((always_inline))
 
+/* Convert to bfloat16: to the nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0 : rounded);
+}
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
@@ -65,6 +73,10 @@ INLINE void store_floats(float *p, floats v) { _mm512_storeu_ps(p, v); }
 INLINE floats load_halves(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
+INLINE floats load_bfloats(const uint16_t *p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 INLINE floats splat(float v) { return _mm512_set1_ps(v); }
 INLINE floats to_floats(ints v) { return _mm512_cvtepi32_ps(v); }
 /* Of floats that are integers. */
@@ -74,6 +86,27 @@ INLINE floats subtract(floats a, floats b) { return _mm512_sub_ps(a, b); }
 INLINE floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
 /* a b + c with one rounding. */
 INLINE floats fused(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+
+/* The sums of the lanes of each of 16 vectors. Of four lanes a, b, c, d the sum is (a + c) +
+ * (b + d); of four such sums, (s + t) + (u + v). */
+#define HAS_ADD_LANES 1
+INLINE floats add_lanes(const floats v[LANES]) {
+    floats four[4];
+    for (int i = 0; i < 4; i++) {
+        const floats *w = v + 4 * i;
+        const __m512d ab = _mm512_castps_pd(
+            add(_mm512_unpacklo_ps(w[0], w[1]), _mm512_unpackhi_ps(w[0], w[1])));
+        const __m512d cd = _mm512_castps_pd(
+            add(_mm512_unpacklo_ps(w[2], w[3]), _mm512_unpackhi_ps(w[2], w[3])));
+        four[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                      _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    const floats low = add(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
+                           _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const floats high = add(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
+                            _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
 
 /* table[lane] of 16 floats, by the lowest four bits of a lane. */
 INLINE floats look_up_16(const float *table, ints lanes) {
@@ -109,6 +142,28 @@ INLINE floats dot_pair(floats sum, ints pairs, const uint32_t *x) {
 #include "vectors_neon.h"
 #else
 #include "vectors_plain.h"
+#endif
+
+#ifndef HAS_ADD_LANES
+INLINE floats load_bfloats(const uint16_t *p) {
+    float out[LANES];
+    for (int i = 0; i < LANES; i++) {
+        const uint32_t bits = (uint32_t)p[i] << 16;
+        memcpy(out + i, &bits, sizeof bits);
+    }
+    return load_floats(out);
+}
+INLINE floats add_lanes(const floats v[LANES]) {
+    float out[LANES];
+    for (int i = 0; i < LANES; i++) {
+        float x[LANES], sums[4];
+        store_floats(x, v[i]);
+        for (int k = 0; k < 4; k++)
+            sums[k] = (x[4 * k] + x[4 * k + 2]) + (x[4 * k + 1] + x[4 * k + 3]);
+        out[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+    return load_floats(out);
+}
 #endif
 
 /* Whether there are instructions for pairs of bfloat16 in a lane. */

@@ -177,10 +177,14 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.C
     Returns the choice for the dense ones, if there are any, and those of `attach_products`.
     """
     choices = attach_products(model, dtype)
+    # Beside products all sums of a row are independent of the other rows, also the cheap ones.
+    smallest = 0 if has_products(model) else None
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
             weight, shape = module.weight, (module.out_features, module.in_features)
-            choice, product = registry.prepare("dense", {"weight": weight}, shape, weight.dtype)
+            choice, product = registry.prepare(
+                "dense", {"weight": weight}, shape, weight.dtype, smallest
+            )
             if product is not None:
                 # Only the class changes: names, parameters and hooks stay.
                 module.__class__ = KernelLinear
@@ -190,6 +194,11 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.C
             if product is not None or "dense" not in choices:
                 choices["dense"] = choice
     return choices
+
+
+def has_products(model: nn.Module) -> bool:
+    """Whether some of a model's linears compute by products with packed matrices."""
+    return any(isinstance(module, ProductLinear) for module in model.modules())
 
 
 def precision_of(model: nn.Module) -> str:

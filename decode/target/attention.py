@@ -19,12 +19,13 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.kv.base import parse_kv
 from spectool.decode.protocol import Inject, Needs
-from spectool.decode.target import rotary
+from spectool.decode.target import rotary, row_attention
 from spectool.decode.target.base import CHUNK, Pass, Target
 from spectool.decode.target.fit import check_fit
 from spectool.decode.target.masks import list_windows, tree_mask
 from spectool.decode.tree import Draft
 from spectool.kernels.registry import use_kernels
+from spectool.model.kernels import has_products
 
 
 class AttentionTarget(Target[TreeCache]):
@@ -242,8 +243,13 @@ class AttentionTarget(Target[TreeCache]):
             yield
 
     def _choose_attention(self) -> None:
-        """Replace an attention that takes no 4-D mask (flash, flex), and add a note."""
+        """Replace an attention that takes no 4-D mask (flash, flex), and add a note.
+
+        With packed products, rows of a pass do not depend on each other in attention either.
+        """
         given = self.model.config._attn_implementation
+        if given == "sdpa" and has_products(self.model):
+            self.model.set_attn_implementation(row_attention.NAME)
         if given in ("sdpa", "eager"):
             return
         try:
