@@ -37,7 +37,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {}),
     ("int8", {}),
     ("ptq161", {"epochs": 4}),
-    *(("gptq", {"bits": bits}) for bits in (4, 2)),
+    *(("gptq", {"bits": bits}) for bits in (4, 2, 3, 8)),
     *(("hqq", {"bits": bits}) for bits in (4, 2)),
     ("jlcm", {"bits": 2, "epochs": 4}),
 ]

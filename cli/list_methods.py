@@ -65,5 +65,5 @@ def list_methods(output: Output, options: ListOptions) -> None:
 
 def _kernels(name: str, row: methods.Method) -> dict[str, tuple[str, ...]]:
     """Return how a quantizer's products may take activations, by the device they run on."""
-    found = precisions_of(name) if row.kind == "quantizer" else ()
+    found = precisions_of(name) if row.serves_as("quantizer") else ()
     return {"cpu": found} if found else {}

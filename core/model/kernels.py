@@ -133,7 +133,7 @@ def _attach_product(
     if segments is None:
         return {}
     bits = max(segment.bits for segment in segments)
-    wanted = precision.choose(linear.method, bits, activations)
+    wanted = precision.choose(linear.method, bits, _resolve(activations, dtype))
     chosen = wanted if wanted in precisions(segments) else "exact"
     linear.product = PackedProduct(segments, shape, chosen)
     # A tied lm_head has its fields as a plain attribute.
@@ -142,6 +142,16 @@ def _attach_product(
     # Only the class changes, so that names, hooks and other modules' references stay.
     linear.__class__ = ProductLinear
     return {}
+
+
+def _resolve(activations: str, dtype: torch.dtype) -> str:
+    """Return `exact` for `auto` in float32, where drafting must not change a text.
+
+    Attention in float32 differs in the last bits between a pass of one token and one of several;
+    where that moves an activation over the border between two integers, the difference becomes
+    that of rounding. In bfloat16 such differences are as large already.
+    """
+    return "exact" if activations == "auto" and dtype == torch.float32 else activations
 
 
 def explain_missing(device: torch.device, dtype: torch.dtype) -> str:
@@ -213,9 +223,10 @@ def plan_precision(
     """Return how products with the matrices of an artifact's entries will take activations."""
     if explain_missing(device, dtype):
         return "exact"
+    wanted = _resolve(activations, dtype)
     return _name(
         {
-            precision.choose(entry["method"], entry["options"].get("bits"), activations)
+            precision.choose(entry["method"], entry["options"].get("bits"), wanted)
             for entry in entries
         }
     )
@@ -237,8 +248,7 @@ def describe_packed(model: nn.Module) -> str:
 
 
 def _describe(linear: PackedLinear) -> str:
-    if isinstance(linear, ProductLinear):
-        return f"by kernel, {linear.product.precision} activations"
-    if linear.has_kernel():
-        return "by kernel"
-    return "unpacked each time"
+    if not linear.has_kernel():
+        return "unpacked each time"
+    how = linear.product.precision if isinstance(linear, ProductLinear) else "exact"
+    return f"by kernel, {how} activations"

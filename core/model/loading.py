@@ -73,8 +73,8 @@ def load(
     states. `runtime`: `packed` (weights stay in their codes), `dense` (weights are unpacked once,
     at loading) or `auto` (`packed` where a kernel computes with the codes on this machine, else
     `dense` if memory suffices). `activations`, as products with codes take them: `exact`, `int8`
-    (rounded by row and block) or `auto` (rounded where that changes almost nothing). `checksums`:
-    compare the files of a packed checkpoint with the checksums in its index.
+    (rounded by row and block) or `auto` (in bfloat16 rounded where that changes almost nothing).
+    `checksums`: compare the files of a packed checkpoint with the checksums in its index.
 
     Raises:
         InputError: the checkpoint is missing, damaged or incomplete.

@@ -15,8 +15,8 @@ from spectool.evaluate.measures.base import Measure
 class Identical:
     """Share of prompts, of the drafter with the fewest, whose output is plain decoding's.
 
-    In float32 it is 1; in other dtypes near ties may be decided otherwise. `activations`: how
-    products with packed weights take them.
+    In float32 with exact activations it is 1; in other dtypes, or where products with packed
+    weights round them to int8, near ties may be decided otherwise.
     """
 
     value: float
@@ -54,11 +54,15 @@ class Losslessness(Measure):
 
 
 def list_mismatches(run: Run) -> list[str]:
-    """List the lossless drafters whose float32 output differs from plain decoding."""
+    """List the lossless drafters whose float32 output differs from plain decoding.
+
+    With rounded activations near ties may be decided otherwise, as in other dtypes.
+    """
     return [
         row.name
         for row in run.drafters
         if run.dtype == "float32"
+        and run.activations == "exact"
         and row.lossless
         and row.identical is not None
         and row.identical < row.prompts

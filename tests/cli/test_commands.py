@@ -290,7 +290,7 @@ def test_list_and_doctor(spectool: Spectool) -> None:
     assert {row["name"] for row in everything} >= {"rtn", "nf4", "int8", "ngram", "rejection"}
     kernels = {row["name"]: row["kernels"] for row in everything}
     assert kernels["rtn"] == {"cpu": ["exact", "int8"]} and kernels["olive"] == {"cpu": ["exact"]}
-    assert kernels["vq"] == kernels["ngram"] == {}
+    assert kernels["olive-activations"] == kernels["ngram"] == {}
     assert "[kernel on cpu: exact or int8 activations]" in spectool("list", "quantizers").out
     only = spectool("list", "drafter").out
     assert "ngram" in only and "rtn" not in only

@@ -17,6 +17,7 @@ from spectool.model.kernels import (
     ProductLinear,
     attach_products,
     describe_packed,
+    plan_precision,
     precision_of,
 )
 from spectool.model.packed import ExpertMatrix, PackedExperts, PackedLinear, load_packed
@@ -91,6 +92,20 @@ def test_rounded_activations_where_the_format_has_integers() -> None:
     assert precision_of(model) == "exact and int8"
     ways = "1 by kernel, int8 activations, 2 by kernel, exact activations"
     assert describe_packed(model) == f"3 linears packed ({ways})"
+
+
+def test_auto_rounds_in_bfloat16_what_the_table_says() -> None:
+    torch.manual_seed(0)
+    for dtype, bits, expected in (
+        (torch.bfloat16, 2, "int8"),
+        (torch.bfloat16, 4, "exact"),
+        (torch.float32, 2, "exact"),
+    ):
+        layer = pack(torch.randn(24, 24), bits=bits)
+        entries = [{"method": "rtn", "options": {"bits": bits}}]
+        assert plan_precision(entries, torch.device("cpu"), dtype, "auto") == expected
+        attach_products(layer, dtype)
+        assert precision_of(layer) == expected
 
 
 def test_what_has_no_product_stays_as_it_is() -> None:

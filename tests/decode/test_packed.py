@@ -1,6 +1,8 @@
 """Drafting on packed checkpoints: greedy text is plain decoding's, for every method with a kernel.
 
-Products of one row and of several are equal bit for bit, and so are the texts in float32.
+Products of one row and of several are equal bit for bit in both precisions, and with exact
+activations so are the texts in float32. Rounded ones make last bits of attention, which differ, a
+difference of rounding, so that near ties may be decided otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from spectool.decode.generate import Runner
 from spectool.kernels import build
 from spectool.kernels.precision import EXACT_ONLY, PRECISIONS, precisions_of
 from spectool.kernels.products import PackedProduct
+from spectool.kernels.registry import Product
 from spectool.methods import import_method
 from spectool.model.loading import describe_runtime, load_model
 from spectool.quantize.job import QuantizeJob
@@ -42,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "olive": {},
     "jlcm": {"epochs": 0},
     "scalar": {"epochs": 0},
+    "vq": {"codes": 32},
 }
 CALIBRATION = Path(__file__).parents[2] / "core/data/calibration/mixed.txt"
 BUNDLED = Path(__file__).parents[2] / "examples/tiny-python"
@@ -104,21 +108,25 @@ def test_drafted_text_is_plain_text(
     way = f"7 linears packed (by kernel, {activations} activations), float32"
     assert describe_runtime(model) == way
     rows: list[int] = []
-    original = PackedProduct.__call__
+    kind: Any = Product if method == "vq" else PackedProduct
+    original = kind.__call__
 
-    def multiply(self: PackedProduct, x: torch.Tensor, bias: Any) -> torch.Tensor:
+    def multiply(self: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
         rows.append(x.numel() // x.shape[-1])
-        return original(self, x, bias)
+        product: torch.Tensor = original(self, x, bias)
+        last = x.flatten(0, -2)[-1:].clone()
+        assert torch.equal(original(self, last, bias), product.flatten(0, -2)[-1:])
+        return product
 
-    monkeypatch.setattr(PackedProduct, "__call__", multiply)
+    monkeypatch.setattr(kind, "__call__", multiply)
     prompts = untrained.prompts_of(3)
     plain = [Runner(model).generate([each], max_new_tokens=20)[0] for each in prompts]
     rows.clear()
     together = Runner(model, draft="recycle").generate(prompts, max_new_tokens=20, batch_size=3)
     assert max(rows[len(rows) // 2 :]) > len(prompts)
-    for alone, found in zip(plain, together, strict=True):
-        assert found.token_ids == alone.token_ids and found.lossless
-        assert found.drafted > 0
+    assert all(each.drafted > 0 and each.lossless for each in together)
+    if activations == "exact":
+        assert [each.token_ids for each in together] == [each.token_ids for each in plain]
 
 
 def runners(model: PreTrainedModel, source: Path) -> dict[str, Runner]:
@@ -129,14 +137,12 @@ def runners(model: PreTrainedModel, source: Path) -> dict[str, Runner]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "activations"), EACH)
+@pytest.mark.parametrize("method", OPTIONS)
 @pytest.mark.parametrize("source", [BUNDLED, STORIES], ids=lambda path: str(path.name))
-def test_every_drafter_on_real_models(
-    packed: Packed, source: Path, method: str, activations: str
-) -> None:
+def test_every_drafter_on_real_models(packed: Packed, source: Path, method: str) -> None:
     if not source.exists():
         pytest.skip("the shared models are not here")
-    model = load(packed(source, method), activations)
+    model = load(packed(source, method), "auto")
     vocab, rng = model.config.vocab_size, random.Random(0)
     prompts = [[rng.randrange(2, vocab) for _ in range(length)] for length in (3, 20, 41)]
     plain = [Runner(model).generate([each], max_new_tokens=24)[0].token_ids for each in prompts]

@@ -40,8 +40,8 @@ def test_the_choice_is_that_of_the_row_or_what_was_asked_for(
     assert choose("rtn", 3, "auto") == "exact" and choose("rtn", None, "auto") == "int8"
     assert choose("rtn", 4, "int8") == "int8" and choose("rtn", 2, "exact") == "exact"
     # No product with integers, no product at all.
-    assert precisions_of("scalar") == ("exact",) and precisions_of("vq") == ()
-    assert {choose(name, 2, "int8") for name in ("scalar", "vq", "")} == {"exact"}
+    assert precisions_of("scalar") == ("exact",) and precisions_of("olive-activations") == ()
+    assert {choose(name, 2, "int8") for name in ("scalar", "olive-activations", "")} == {"exact"}
 
 
 def test_the_table_holds_the_measured_figures() -> None:
