@@ -113,6 +113,10 @@ class PackedProduct:
             for name, number in part.numbers.items():
                 setattr(structure, name, number)
 
+    def __deepcopy__(self, memo: Any) -> PackedProduct:
+        # Nothing changes a product, and C reads it by its addresses.
+        return self
+
     @property
     def nbytes(self) -> int:
         """The bytes of the matrix as it is held."""

@@ -217,6 +217,11 @@ def precision_of(model: nn.Module) -> str:
     return _name({product.precision for product in products})
 
 
+def product_bytes(model: nn.Module) -> int:
+    """Return the bytes of all products of a model; they are no buffers of it."""
+    return sum(each.product.nbytes for each in model.modules() if isinstance(each, ProductLinear))
+
+
 def plan_precision(
     entries: Iterable[Mapping[str, Any]], device: torch.device, dtype: torch.dtype, activations: str
 ) -> str:

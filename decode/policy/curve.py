@@ -21,6 +21,7 @@ from spectool.decode import tree
 from spectool.decode.target.base import Target
 from spectool.errors import SpectoolError
 from spectool.files import read_cache, write_cache
+from spectool.model.kernels import precision_of, product_bytes
 from spectool.processors import Waiting
 
 # The curves' file in the cache folder.
@@ -205,8 +206,11 @@ def read_curves() -> dict[str, dict[int, float]]:
 def machine_key(target: Target[Any]) -> str:
     """Describe model and machine as far as the time of a pass depends on them."""
     parts = list(target.model.parameters()) + list(target.model.buffers())
-    millions = sum(part.numel() * part.element_size() for part in parts) / 1e6
+    packed = product_bytes(target.model)
+    millions = (packed + sum(part.numel() * part.element_size() for part in parts)) / 1e6
     dtype = str(target.dtype).removeprefix("torch.")
+    if packed:
+        dtype += f", {precision_of(target.model)} products"
     where = (
         f"{machine.processor()}, {torch.get_num_threads()} threads"
         if target.device.type == "cpu"

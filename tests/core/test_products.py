@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,6 +130,9 @@ def test_a_model_of_products_stays_on_the_processor_and_can_be_cast() -> None:
     model.to(torch.bfloat16).to("cpu")
     assert torch.equal(model[0].dequantize(), before)
     assert model(torch.randn(2, 24).bfloat16()).dtype == torch.bfloat16
+    copied = copy.deepcopy(model)
+    assert copied[0] is not model[0]
+    assert torch.equal(copied[0].dequantize(), before)
     with pytest.raises(UnsupportedError, match="laid out for the processor"):
         model.to("meta")
     unpack_in_place(model, dtype=torch.float32, keep_kernels=True)

@@ -18,11 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
+from spectool.decode.policy.curve import machine_key
+from spectool.decode.target.attention import AttentionTarget
 from spectool.kernels import build
 from spectool.kernels.precision import EXACT_ONLY, PRECISIONS, precisions_of
 from spectool.kernels.products import PackedProduct
 from spectool.kernels.registry import Product
 from spectool.methods import import_method
+from spectool.model.kernels import product_bytes
 from spectool.model.loading import describe_runtime, load_model
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
@@ -127,6 +130,18 @@ def test_drafted_text_is_plain_text(
     assert all(each.drafted > 0 and each.lossless for each in together)
     if activations == "exact":
         assert [each.token_ids for each in together] == [each.token_ids for each in plain]
+
+
+def test_what_a_pass_costs_is_kept_by_the_precision_of_products(
+    packed: Packed, tiny_source: Path
+) -> None:
+    models = [
+        load(packed(tiny_source, method), activations)
+        for method, activations in (("rtn", "exact"), ("rtn", "int8"), ("int8", "exact"))
+    ]
+    keys = [machine_key(AttentionTarget(model)) for model in models]
+    assert keys[0] != keys[1] and ", float32, int8 products;" in keys[1]
+    assert product_bytes(models[0]) < product_bytes(models[2])
 
 
 def runners(model: PreTrainedModel, source: Path) -> dict[str, Runner]:
