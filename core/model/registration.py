@@ -108,6 +108,8 @@ class SpectoolQuantizer(HfQuantizer):
                     part.register_parameter("like", nn.Parameter(like, requires_grad=False))
         if self._check is not None:
             self._check.finish()
+            # Its threads could not be copied with the model.
+            self._check = None
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:

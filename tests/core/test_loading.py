@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -71,6 +72,13 @@ def test_runtimes(artifact: Path, checkpoint: Checkpoints) -> None:
         assert describe_runtime(model) == f"14 linears packed ({way}), float32"
     assert describe_runtime(dense) == "unpacked to dense once, float32"
     assert describe_runtime(spectool.load(checkpoint("llama"))) == "dense, float32"
+
+
+def test_a_packed_model_can_be_copied(artifact: Path) -> None:
+    ids = torch.arange(2, 30)[None]
+    for model in (spectool.load(artifact), load_model(open_checkpoint(artifact), keep_fields=True)):
+        with torch.inference_mode():
+            assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
 
 
 def test_dense_experts_take_the_place_of_packed_ones(
