@@ -93,10 +93,13 @@ static void start_workers(int wanted) {
     if (pool.workers >= wanted || pthread_attr_init(&attributes)) return;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
-    /* Signals are for the threads of the program. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    /* Signals are for the threads of the program, except those that a fault of a worker raises: a
+     * handler that prints where must hear them. */
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (unsigned i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
     pthread_t thread;
     while (pool.workers < wanted && !pthread_create(&thread, &attributes, work, 0)) pool.workers++;
     pthread_sigmask(SIG_SETMASK, &before, 0);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -154,3 +155,16 @@ def test_idle_threads_sleep() -> None:
     before = fields()[11:13]
     time.sleep(0.2)
     assert fields()[0] == "S" and fields()[11:13] == before
+
+
+def test_workers_hear_of_their_own_faults_only() -> None:
+    (worker,) = run_pair() - {threading.get_native_id()}
+    status = Path(f"/proc/self/task/{worker}/status").read_text()
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+
+    def is_blocked(number: signal.Signals) -> bool:
+        return bool(blocked >> (number - 1) & 1)
+
+    faults = signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL
+    assert not any(map(is_blocked, faults))
+    assert all(map(is_blocked, (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1)))
