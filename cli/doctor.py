@@ -59,7 +59,12 @@ def doctor(output: Output, options: DoctorOptions) -> None:
     library = build.load_library()
     if isinstance(library, build.Library):
         variant = library.variant
-        built = {"variant": variant.name, "origin": library.origin, "flags": list(variant.needs)}
+        built = {
+            "variant": variant.name,
+            "origin": library.origin,
+            "flags": list(variant.needs),
+            "skipped": list(library.skipped),
+        }
         output.show(f"kernels: {library}")
     else:
         built = {"reason": library}

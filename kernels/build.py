@@ -11,8 +11,13 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spectool.kernels import cpu, variants
@@ -21,18 +26,24 @@ from spectool.kernels.variants import Variant
 # Names the variant to use instead of the best one, for tests and measurements.
 FORCED = "SPECTOOL_KERNELS"
 
+# Compiled libraries of a variant that are kept: environments with another version of spectool, or
+# another compiler, use the same cache.
+KEPT = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A loaded library; `origin` says where it came from."""
+    """A loaded library; `origin`: where it came from; `skipped`: why better ones were not."""
 
     variant: Variant
     functions: ctypes.CDLL
     origin: str
+    skipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         used = ", ".join(self.variant.needs) or "only what all processors of its kind have"
-        return f"{self.variant.name}, {self.origin}; the processor's flags used: {used}"
+        told = f"{self.variant.name}, {self.origin}; the processor's flags used: {used}"
+        return "; ".join((told, *self.skipped))
 
 
 def supported() -> list[Variant]:
@@ -44,14 +55,22 @@ def supported() -> list[Variant]:
 
 @functools.cache
 def load_library() -> Library | str:
-    """Load the library of the best variant, or of the one that $SPECTOOL_KERNELS names; return why
-    where that fails."""
+    """Load the library of the best variant that can be had, or of the one that $SPECTOOL_KERNELS
+    names; return why where that fails."""
     name, choices = os.environ.get(FORCED), supported()
-    for variant in choices:
-        if name in (None, "", variant.name):
-            return load_variant(variant)
-    names = ", ".join(each.name for each in choices)
-    return f"{FORCED}={name}: this machine can run {names}"
+    wanted = [variant for variant in choices if name in (None, "", variant.name)]
+    if not wanted:
+        names = ", ".join(each.name for each in choices)
+        return f"{FORCED}={name}: this machine can run {names}"
+    skipped: list[str] = []
+    for variant in wanted:
+        # An older compiler lacks the options of newer instructions.
+        found = load_variant(variant)
+        if isinstance(found, Library):
+            return replace(found, skipped=tuple(skipped))
+        skipped.append(found)
+    # The last variant needs least, so it tells most.
+    return skipped[-1]
 
 
 @functools.cache
@@ -59,19 +78,22 @@ def load_variant(variant: Variant) -> Library | str:
     """Load the library of a variant, compiled if none that came with the package fits; return why
     where that fails."""
     name = variants.library_name(platform.machine(), variant)
-    prebuilt = variants.PREBUILT / f"{name}.so"
+    prebuilt, why_not = variants.PREBUILT / f"{name}.so", ""
     if prebuilt.exists():
         try:
             return Library(variant, ctypes.CDLL(str(prebuilt)), "prebuilt")
-        except OSError:
+        except OSError as error:
             # Linked with a C library newer than this machine's; one compiled here fits.
-            pass
+            why_not = f"; the library that came along: {error}"
     compiler = variants.find_compiler()
     if compiler is None:
-        return "no C compiler; pip install 'spectool[cc]' brings one"
+        return f"no C compiler; pip install 'spectool[cc]' brings one{why_not}"
     try:
         path = _cache() / f"{name}-{_identity(compiler)}.so"
-        variants.compile_library(compiler, variant, path)
+        if not path.exists():
+            with _told(f"compiling the kernels for {variant.name}, once"):
+                variants.compile_library(compiler, variant, path)
+            _remove_old(path)
         return Library(variant, ctypes.CDLL(str(path)), f"compiled by {Path(compiler[0]).name}")
     except subprocess.SubprocessError:
         return f"the C compiler cannot build the kernels for {variant.name}"
@@ -91,9 +113,32 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool/kernels"
 
 
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Print a line to stderr if what is done takes more than a second."""
+    # No reporter is at hand: whatever multiplies first compiles.
+    timer = threading.Timer(1.0, print, [what], {"file": sys.stderr, "flush": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _remove_old(path: Path) -> None:
+    """Remove the libraries of a new one's variant that were compiled before the newest `KEPT`."""
+    machine, variant, *_ = path.name.split("-")
+    # Another process may remove them at the same time, or replace them.
+    found: list[tuple[int, Path]] = []
+    for other in path.parent.glob(f"{machine}-{variant}-*.so"):
+        with suppress(FileNotFoundError):
+            found.append((other.stat().st_mtime_ns, other))
+    for _, other in sorted(found)[:-KEPT]:
+        other.unlink(missing_ok=True)
+
+
 def _identity(compiler: tuple[str, ...]) -> str:
-    """Return a key that another compiler, or another version of it, does not have."""
-    found = Path(compiler[0]).resolve()
-    stat = found.stat()
-    key = repr((found, stat.st_size, stat.st_mtime_ns, compiler[1:]))
-    return hashlib.sha256(key.encode()).hexdigest()[:8]
+    """Return a key that other words, or other versions of the programs among them, do not have."""
+    programs = [Path(found).resolve() for word in compiler if (found := shutil.which(word))]
+    stats = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in programs]
+    return hashlib.sha256(repr((compiler, stats)).encode()).hexdigest()[:8]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -75,32 +76,30 @@ def library_name(machine: str, variant: Variant) -> str:
 
 
 def find_compiler(target: str | None = None) -> tuple[str, ...] | None:
-    """Return the words that call a C compiler: $CC, cc, gcc or clang, else Zig's if it is installed
-    as a Python package.
+    """Return the words that call a C compiler: $CC, which may have options, cc, gcc or clang, else
+    Zig's if it is installed as a Python package.
 
     With a target in Zig's notation, such as "aarch64-linux-gnu.2.28": Zig's, compiling for that.
     """
     if target is None:
-        for name in (os.environ.get("CC", "cc"), "gcc", "clang"):
-            if (found := shutil.which(name)) is not None:
-                return (found,)
+        for words in (shlex.split(os.environ.get("CC", "cc")), ["gcc"], ["clang"]):
+            if words and (found := shutil.which(words[0])) is not None:
+                return (found, *words[1:])
     zig = importlib.util.find_spec("ziglang")
     if zig is None or not zig.submodule_search_locations:
         return None
     # By default Zig compiles for the processor it runs on.
-    words = ("-target", target) if target else ("-mcpu=baseline",)
-    return (str(Path(zig.submodule_search_locations[0]) / "zig"), "cc", *words)
+    options = ("-target", target) if target else ("-mcpu=baseline",)
+    return (str(Path(zig.submodule_search_locations[0]) / "zig"), "cc", *options)
 
 
 def compile_library(compiler: Sequence[str], variant: Variant, target: Path) -> None:
-    """Compile a variant of this folder's source to the file `target`, unless that is there.
+    """Compile a variant of this folder's source to the file `target`.
 
     Raises:
         OSError: the folder cannot be written.
         SubprocessError: the compiler failed.
     """
-    if target.exists():
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     # In a temporary folder, because several processes may compile at the same time.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,23 +38,109 @@ def write_compiler(path: Path, script: str) -> Path:
     return path
 
 
+def with_variants(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the machine run variants whose options are their names."""
+    made = [variants.Variant(name, (), (f"-D{name}",)) for name in names]
+    monkeypatch.setattr(build, "supported", lambda: made)
+
+
 def test_without_a_compiler_torch_computes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     # Zig's compiler, if it is installed.
     monkeypatch.setitem(sys.modules, "ziglang", None)
-    assert str(registry.choose.__wrapped__("dense", "cpu", torch.float32)) == (
-        "torch (no C compiler; pip install 'spectool[cc]' brings one)"
-    )
+    reason = "no C compiler; pip install 'spectool[cc]' brings one"
+    assert str(registry.choose.__wrapped__("dense", "cpu", torch.float32)) == f"torch ({reason})"
+    with_variants(monkeypatch, "ANY")
+    (variant,) = build.supported()
+    prebuilt = variants.PREBUILT / f"{variants.library_name(platform.machine(), variant)}.so"
+    prebuilt.write_text("linked for another machine")
+    told = build.missing()
+    assert told is not None and told.startswith(f"{reason}; the library that came along: ")
+    assert str(prebuilt) in told
 
 
 def test_a_compiler_that_fails_is_reported(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", str(write_compiler(tmp_path / "cc", "exit 1")))
-    best = build.supported()[0].name
-    assert build.missing() == f"the C compiler cannot build the kernels for {best}"
+    simplest = build.supported()[-1].name
+    assert build.missing() == f"the C compiler cannot build the kernels for {simplest}"
     assert not list(cache.iterdir())
+
+
+@needs_compiler
+def test_a_variant_that_cannot_be_built_gives_way_to_the_next(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is forced."""
+    (variants.FOLDER / "some.c").write_text("#ifdef NEW\n#error unknown\n#endif\nint one;")
+    with_variants(monkeypatch, "NEW", "OLD", "OLDER")
+    found = build.load_library()
+    assert isinstance(found, build.Library) and found.variant.name == "OLD"
+    reason = "the C compiler cannot build the kernels for NEW"
+    assert found.skipped == (reason,) and str(found).endswith(f"; {reason}")
+    assert [path.name.split("-")[1] for path in cache.iterdir()] == ["OLD"]
+    monkeypatch.setenv(build.FORCED, "NEW")
+    assert build.load_library() == reason
+
+
+@needs_compiler
+def test_a_compiler_may_be_several_words(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that calls another, as ccache does, and options."""
+    compiler = variants.find_compiler()
+    assert compiler is not None
+    (variants.FOLDER / "some.c").write_text("int one(void) { return NUMBER; }")
+    caller = write_compiler(tmp_path / "some caller", 'exec "$@"')
+    words = [str(caller), *compiler, "-DNUMBER=7"]
+    monkeypatch.setenv("CC", shlex.join(words))
+    assert variants.find_compiler() == tuple(words)
+    found = build.load_library()
+    assert isinstance(found, build.Library) and found.functions.one() == 7
+    # Another version of the second program is another compiler.
+    first = write_compiler(tmp_path / "cc", "exit 0")
+    before = build._identity((str(caller), str(first)))
+    write_compiler(first, "exit  0")
+    assert build._identity((str(caller), str(first))) != before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0, ""), (1.5, "compiling the kernels for ANY, once\n")]
+)
+def test_a_long_compilation_is_announced(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    seconds: float,
+    told: str,
+) -> None:
+    monkeypatch.setenv("CC", str(write_compiler(tmp_path / "cc", f"sleep {seconds}; exit 1")))
+    with_variants(monkeypatch, "ANY")
+    assert build.missing() is not None
+    assert capsys.readouterr().err == told
+
+
+@needs_compiler
+def test_of_a_variant_the_newest_libraries_are_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_variants(monkeypatch, "ANY")
+    cache.mkdir(parents=True)
+    machine = platform.machine()
+    for number in range(build.KEPT + 2):
+        old = cache / f"{machine}-ANY-{number}-abc.so"
+        old.touch()
+        os.utime(old, (1000 - number, 1000 - number))
+    (cache / f"{machine}-ANY2-1-abc.so").touch()
+    assert build.missing() is None
+    names = {path.name.split("-", 1)[1] for path in cache.iterdir()}
+    assert {name for name in names if name.endswith("-abc.so")} == {
+        "ANY2-1-abc.so", *(f"ANY-{number}-abc.so" for number in range(build.KEPT - 1))
+    }  # fmt: skip
+    assert len(names) == build.KEPT + 1
 
 
 @needs_compiler
@@ -73,6 +161,7 @@ def test_another_compiler_or_source_is_another_library(
         name: write_compiler(tmp_path / name, f'for last; do :; done; echo {name} > "$last"')
         for name in ("one", "two")
     }
+    with_variants(monkeypatch, "ANY")
     for name, text in (("one", "a"), ("two", "a"), ("two", "a"), ("two", "b")):
         (variants.FOLDER / "some.c").write_text(text)
         monkeypatch.setenv("CC", str(compilers[name]))
