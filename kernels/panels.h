@@ -139,7 +139,8 @@ INLINE void pack_int8(const float *x, int count, int columns, int8_t *out, float
 }
 
 /* Whether exact products take bfloat16 in pairs, by an instruction that multiplies and adds the
- * first of each pair, then the second, with the rounding of two fused multiply-adds. */
+ * first of each pair, then the second, with the rounding of two fused multiply-adds. It takes
+ * activations and sums below 2^-126 as zeros, which the other variants do not. */
 INLINE int has_pairs(const struct product *p, const struct segment *s) {
     return HAS_PAIRS && p->precision == EXACT && p->type == BFLOAT16 && s->is_grid &&
            s->bits <= 4 && !s->column_scale && !s->offset;

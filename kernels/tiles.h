@@ -178,7 +178,8 @@ static const uint16_t NUMBERS[32] = {
     0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
     0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
 
-/* An exact product of integers with bfloat16, which equals that of `block_exact` to the bit. */
+/* An exact product of integers with bfloat16, which equals that of `block_exact` to the bit, except
+ * that subnormal numbers are zeros (`has_pairs`). */
 INLINE void block_pairs(const int columns, const int height, const int first, const int bits,
                         const struct weights *w, const uint32_t *x, float *sum) {
     const ints numbers = load_ints(NUMBERS);
