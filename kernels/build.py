@@ -108,6 +108,20 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def missing_products() -> str | None:
+    """Return why packed matrices are left to torch here; None if the kernels multiply with them.
+
+    A variant that is slower than torch is used where $SPECTOOL_KERNELS names it.
+    """
+    found = load_library()
+    if isinstance(found, str):
+        return found
+    name = found.variant.name
+    if found.variant.is_slow and os.environ.get(FORCED) != name:
+        return f"faster than the kernels for {name}; {FORCED}={name} uses these"
+    return None
+
+
 def _cache() -> Path:
     """Return the folder of compiled libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool/kernels"

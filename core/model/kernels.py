@@ -176,7 +176,7 @@ def _missing_library() -> str:
     Raises:
         RuntimeError: it computes wrong products.
     """
-    if (reason := build.missing()) is None:
+    if (reason := build.missing_products()) is None:
         products.check()
     return reason or ""
 

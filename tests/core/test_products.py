@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectool.errors import UnsupportedError
 from spectool.kernels import build
+from spectool.model import kernels
 from spectool.model.exchange import replace_with_packed, unpack_in_place
 from spectool.model.kernels import (
     ProductLinear,
@@ -25,7 +26,7 @@ from spectool.model.packed import ExpertMatrix, PackedExperts, PackedLinear, loa
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.methods.rtn import RTN
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason="no kernel here")
+pytestmark = pytest.mark.skipif(build.missing_products() is not None, reason="no kernel here")
 
 OPTIONS = {"bits": 4, "group_size": 16, "symmetric": False}
 
@@ -121,6 +122,15 @@ def test_what_has_no_product_stays_as_it_is() -> None:
         assert precision_of(model) == "exact"
     unpack_in_place(half, dtype=torch.float16, keep_kernels=True)
     assert type(half[0]) is nn.Linear
+
+
+def test_where_torch_is_faster_nothing_has_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "missing_products", lambda: "faster here")
+    monkeypatch.setattr(kernels, "_missing_library", kernels._missing_library.__wrapped__)
+    model = make_model()
+    attach_products(model, torch.float32, "int8")
+    assert describe_packed(model) == "3 linears packed (unpacked each time)"
+    assert kernels.describe_products("cpu", torch.float32) == "torch (faster here)"
 
 
 def test_a_model_of_products_stays_on_the_processor_and_can_be_cast() -> None:

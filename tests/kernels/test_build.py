@@ -232,6 +232,22 @@ def test_a_variant_can_be_forced(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_compiler
+@pytest.mark.parametrize(("machine", "is_slow"), [("x86_64", True), ("aarch64", False)])
+def test_packed_matrices_are_left_to_torch_where_it_is_faster(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, machine: str, is_slow: bool
+) -> None:
+    monkeypatch.setattr(cpu, "flags", frozenset)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    reason = "faster than the kernels for portable; SPECTOOL_KERNELS=portable uses these"
+    assert build.missing() is None
+    assert build.missing_products() == (reason if is_slow else None)
+    monkeypatch.setenv(build.FORCED, "portable")
+    assert build.missing_products() is None
+    monkeypatch.setenv(build.FORCED, "avx2")
+    assert build.missing_products() == "SPECTOOL_KERNELS=avx2: this machine can run portable"
+
+
+@needs_compiler
 def test_a_library_that_came_along_is_used_if_it_fits_the_source(cache: Path) -> None:
     """And one that cannot be loaded is compiled anew."""
     compiler, best = variants.find_compiler(), build.supported()[0]
