@@ -30,9 +30,9 @@ needs_zig = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy what a wheel is built from, and the kernels' tests."""
+    """Copy what a wheel is built from, and the kernels' tests with the results that they read."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in (*ROOMS, "tests/kernels"):
+    for name in (*ROOMS, "tests/kernels", "benchmarks/results"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, tree / name)

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,14 @@ def test_a_long_compilation_is_announced(
     seconds: float,
     told: str,
 ) -> None:
-    monkeypatch.setenv("CC", str(write_compiler(tmp_path / "cc", f"sleep {seconds}; exit 1")))
+    monkeypatch.setenv("CC", str(write_compiler(tmp_path / "cc", "exit 1")))
+    compile_library = variants.compile_library
+
+    def compile_slowly(*given: Any) -> None:
+        time.sleep(seconds)
+        compile_library(*given)
+
+    monkeypatch.setattr(variants, "compile_library", compile_slowly)
     with_variants(monkeypatch, "ANY")
     assert build.missing() is not None
     assert capsys.readouterr().err == told
