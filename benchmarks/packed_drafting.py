@@ -3,10 +3,8 @@
     python benchmarks/packed_drafting.py --shared FOLDER --out FILE.json [--each N]
 
 Packs `codestory-10M` with every method that has a kernel, and decodes prompts of `decode.py`
-greedily, 64 tokens each, plainly and with drafters that need no training. Products give a row the
-same bits whatever the other rows are, attention does not. With exact activations in float32 every
-text must be plain decoding's; in bfloat16, or with rounded activations, near ties may be decided
-otherwise.
+greedily, 64 tokens each, plainly and with drafters that need no training. Products and attention
+give a row the same bits whatever the other rows are, so every text must be plain decoding's.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from spectool.kernels import build
 
-# Widest head, and most rows; beyond, torch reads the keys of a head less often.
-MOST_WIDTH, MOST_ROWS = 512, 64
+# Widest head, and most rows: those of trees; of the many rows of a prompt torch reads the keys less
+# often.
+MOST_WIDTH, MOST_ROWS = 512, 256
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _Strides = ctypes.c_ssize_t * 3
 

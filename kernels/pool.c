@@ -4,8 +4,9 @@
  * indices from a shared counter until it is used up. Then the caller closes the job and waits for
  * those who took a seat: a worker that the system has not let run by then is not waited for.
  *
- * Idle workers watch for a job for SPIN_ROUNDS, then sleep, so that they leave the processors to
- * torch's own threads. OpenMP is not used: the threads of its pool and of torch's may be two sets
+ * Idle workers watch for a job for a while, then sleep, so that they leave the processors to other
+ * threads. To wake one takes about as long as a small product, so a worker watches for up to LONG
+ * on an idle machine; where it was late to wake, or was interrupted while it watched, for SHORT. OpenMP is not used: the threads of its pool and of torch's may be two sets
  * that spin against each other.
  */
 #include "pool.h"
@@ -13,11 +14,18 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
 
-/* Milliseconds of 28 products of one row and the operations of torch between them, two threads on
- * two processors with six other processes, fastest quarter and median, by rounds: 0 3.7 and 5.0, 500
- * 3.5 and 5.1, 2000 3.4 and 5.4, 10,000 3.5 and 6.8, 50,000 3.5 and 7.9. */
-#define SPIN_ROUNDS 500
+/* Nanoseconds. On a busy machine watching takes the processor from others: milliseconds of 28
+ * products of one row and the operations of torch between them, two threads on two processors with
+ * six other processes, fastest quarter and median, by rounds of watching (500 are about SHORT): 500
+ * 3.5 and 5.1, 10,000 3.5 and 6.8, 50,000 3.5 and 7.9. */
+#define SHORT 5000
+#define LONG 100000
+/* A worker that wakes or goes on later than this is on a busy machine. */
+#define LATE 150000
+#define ROUNDS 32 /* between looks at the clock */
 #define LINE 64
 #define MOST_WORKERS 1024
 #define SEAT (1u << 16) /* `seats` holds free seats times SEAT, plus the seats in use */
@@ -31,6 +39,7 @@ static struct {
     ptrdiff_t count;
     int workers;
     _Alignas(LINE) _Atomic int sleeping; /* workers, and the caller */
+    _Atomic int64_t woken;               /* when sleepers were last woken */
     pthread_mutex_t owner, sleep;
     pthread_cond_t opened, finished;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
@@ -41,27 +50,50 @@ static struct {
 static int has_free(unsigned seats) { return seats >= SEAT; }
 static int is_empty(unsigned seats) { return seats == 0; }
 
-/* Wait until the seats are as wanted: spin, then sleep on a condition. */
-static void await(int (*wanted)(unsigned), pthread_cond_t *condition) {
-    for (int round = 0; round < SPIN_ROUNDS; round++) {
-        if (wanted(atomic_load_explicit(&pool.seats, memory_order_acquire))) return;
+static int64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Watch the seats for up to `limit`; return whether they are as wanted. */
+static int watch(int (*wanted)(unsigned), int64_t *limit) {
+    const int64_t begin = now();
+    for (int64_t before = begin, time; before - begin < *limit; before = time) {
+        for (int round = 0; round < ROUNDS; round++) {
+            if (wanted(atomic_load_explicit(&pool.seats, memory_order_acquire))) return 1;
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+            __builtin_ia32_pause();
 #elif defined(__aarch64__)
-        __asm__ volatile("isb");
+            __asm__ volatile("isb");
 #endif
+        }
+        time = now();
+        if (time - before > LATE) *limit = SHORT;
     }
+    return 0;
+}
+
+/* Wait until the seats are as wanted: watch them, then sleep on a condition. */
+static void await(int (*wanted)(unsigned), pthread_cond_t *condition) {
+    static _Thread_local int64_t limit = SHORT;
+    if (watch(wanted, &limit)) return;
     pthread_mutex_lock(&pool.sleep);
     /* Before the seats are read again: `wake` reads in the other order. */
     atomic_fetch_add(&pool.sleeping, 1);
-    while (!wanted(atomic_load(&pool.seats))) pthread_cond_wait(condition, &pool.sleep);
+    int slept = 0;
+    for (; !wanted(atomic_load(&pool.seats)); slept = 1) pthread_cond_wait(condition, &pool.sleep);
     atomic_fetch_sub(&pool.sleeping, 1);
     pthread_mutex_unlock(&pool.sleep);
+    if (!slept) return;
+    const int is_late = now() - atomic_load(&pool.woken) > LATE;
+    limit = is_late ? SHORT : 2 * limit < LONG ? 2 * limit : LONG;
 }
 
 /* Wake those who sleep on a condition; called after the seats were changed. */
 static void wake(pthread_cond_t *condition) {
     if (atomic_load(&pool.sleeping) == 0) return;
+    atomic_store(&pool.woken, now());
     pthread_mutex_lock(&pool.sleep);
     pthread_cond_broadcast(condition);
     pthread_mutex_unlock(&pool.sleep);

@@ -79,11 +79,13 @@ def use_kernels() -> Iterator[None]:
 class Product:
     """The product with one matrix, prepared for its kernel."""
 
-    def __init__(self, kernel: Kernel, fields: Fields, num_inputs: int) -> None:
+    def __init__(
+        self, kernel: Kernel, fields: Fields, num_inputs: int, *, any_rows: bool = False
+    ) -> None:
         self.kernel = kernel
         self._dtype = kernel.dtype
         self._operands = kernel.prepare(fields)
-        self._most_values = kernel.most_rows * num_inputs
+        self._most_values = sys.maxsize if any_rows else kernel.most_rows * num_inputs
 
     def supports(self, x: Tensor) -> bool:
         """Whether this kernel is in force, and x has its dtype and few enough rows for it.
@@ -105,22 +107,21 @@ def prepare(
     fields: Fields,
     shape: tuple[int, int],
     dtype: torch.dtype,
-    smallest: int | None = None,
+    *,
+    always: bool = False,
 ) -> tuple[Choice, Product | None]:
     """Choose the kernel for a matrix [n, m], and prepare the matrix for it.
 
-    Matrices of fewer than `smallest` weights are left to torch; None: as the kernel says.
+    `always`: also where torch is faster, for small matrices and for many rows.
     """
     key = format, next(iter(fields.values())).device.type, dtype
     kind = KERNELS.get(key)
-    if kind is not None and smallest is None:
-        smallest = kind.smallest
-    if smallest and shape[0] * shape[1] < smallest:
+    if kind is not None and shape[0] * shape[1] < kind.smallest and not always:
         # Not chosen, so a model of small matrices does not start the compiler.
-        return Choice(None, f"matrices of fewer than {smallest} weights"), None
+        return Choice(None, f"matrices of fewer than {kind.smallest} weights"), None
     choice = choose(*key)
     if choice.kernel is None:
         return choice, None
     if not all(field.is_contiguous() for field in fields.values()):
         return Choice(None, "its tensors are not contiguous"), None
-    return choice, Product(choice.kernel, fields, shape[1])
+    return choice, Product(choice.kernel, fields, shape[1], any_rows=always)

@@ -145,11 +145,11 @@ def _attach_product(
 
 
 def _resolve(activations: str, dtype: torch.dtype) -> str:
-    """Return `exact` for `auto` in float32, where drafting must not change a text.
+    """Return `exact` for `auto` in float32, where drafting must not change a text of any model.
 
-    Attention in float32 differs in the last bits between a pass of one token and one of several;
-    where that moves an activation over the border between two integers, the difference becomes
-    that of rounding. In bfloat16 such differences are as large already.
+    Not all attention sums a row by itself (`decode/target/row_attention.py`). Where it does not, it
+    differs in the last bits between a pass of one token and one of several; where that moves an
+    activation over the border between two integers, the difference becomes that of rounding.
     """
     return "exact" if activations == "auto" and dtype == torch.float32 else activations
 
@@ -187,13 +187,13 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.C
     Returns the choice for the dense ones, if there are any, and those of `attach_products`.
     """
     choices = attach_products(model, dtype)
-    # Beside products all sums of a row are independent of the other rows, also the cheap ones.
-    smallest = 0 if has_products(model) else None
+    # Beside products all sums of a row are independent of the other rows.
+    always = has_products(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
             weight, shape = module.weight, (module.out_features, module.in_features)
             choice, product = registry.prepare(
-                "dense", {"weight": weight}, shape, weight.dtype, smallest
+                "dense", {"weight": weight}, shape, weight.dtype, always=always
             )
             if product is not None:
                 # Only the class changes: names, parameters and hooks stay.

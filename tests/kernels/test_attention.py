@@ -97,7 +97,7 @@ def test_other_attention_is_left_to_torch() -> None:
         assert not attention.supports(q, k, v, None)
         assert not attention.supports(q.double(), k.double(), v.double(), mask)
         assert not attention.supports(q, k, v[..., :7], mask)
-        assert not attention.supports(*parts(rows=65, keys=70))
+        assert not attention.supports(*parts(rows=257, keys=260))
 
 
 @torch.inference_mode()
