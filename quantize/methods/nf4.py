@@ -10,6 +10,7 @@ Source: Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3. Shapes: n ou
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from spectool.quantize.statistics import LinearStats
 
 # Block size of the nested scales, the only one that bitsandbytes' products support.
 NESTED_BLOCK = 256
+# Inputs that a product reads together; narrower groups would be padded to as many.
+SMALLEST_GROUP = 32
 
 
 @functools.cache
@@ -121,23 +124,26 @@ class NF4Linear(PackedLinear):
         return weight.view(self.out_features, self.in_features)
 
     def segments(self) -> list[Segment] | None:
-        shape, size = (self.out_features, self.in_features), self.config.block_size
-        if shape[1] % size:
-            # A block that crosses rows is a group of none.
+        n, m = self.out_features, self.in_features
+        # Blocks are of the flat matrix; a block that crosses rows is several groups.
+        group = math.gcd(m, self.config.block_size)
+        if group < SMALLEST_GROUP:
             return None
         scale = self.q.scale
         if self.config.double_quant:
-            state = self._quant_state(shape, torch.float32)
+            state = self._quant_state((n, m), torch.float32)
             unpack = bitsandbytes().functional.dequantize_blockwise
             scale = unpack(scale, state.state2) + self.q.scale_offset
         # The first code of a byte is in its high bits.
         codes = torch.stack([self.q.codes >> 4, self.q.codes & 15], -1)
         return [
             Segment(
-                codes=codes.view(shape),
+                codes=codes.view(n, m),
                 bits=4,
-                group_size=size,
-                scale=scale.view(shape[0], -1),
+                group_size=group,
+                scale=scale.repeat_interleave(self.config.block_size // group)[
+                    : n * m // group
+                ].view(n, -1),
                 levels=_tables(str(codes.device))[0][None],
             )
         ]
