@@ -250,7 +250,8 @@ class AttentionTarget(Target[TreeCache]):
         given = self.model.config._attn_implementation
         if given == "sdpa" and has_products(self.model):
             self.model.set_attn_implementation(row_attention.NAME)
-        if given in ("sdpa", "eager"):
+        # A model may be opened several times.
+        if given in ("sdpa", "eager", row_attention.NAME):
             return
         try:
             self.model.set_attn_implementation("sdpa")

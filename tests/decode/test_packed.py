@@ -150,12 +150,14 @@ def runners(model: PreTrainedModel, source: Path) -> dict[str, Runner]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize(("method", "activations"), EACH)
 @pytest.mark.parametrize("source", [BUNDLED, STORIES], ids=lambda path: str(path.name))
-def test_every_drafter_on_real_models(packed: Packed, source: Path, method: str) -> None:
+def test_every_drafter_on_real_models(
+    packed: Packed, source: Path, method: str, activations: str
+) -> None:
     if not source.exists():
         pytest.skip("the shared models are not here")
-    model = load(packed(source, method), "auto")
+    model = load(packed(source, method), activations)
     vocab, rng = model.config.vocab_size, random.Random(0)
     prompts = [[rng.randrange(2, vocab) for _ in range(length)] for length in (3, 20, 41)]
     plain = [Runner(model).generate([each], max_new_tokens=24)[0].token_ids for each in prompts]

@@ -60,7 +60,10 @@ def test_a_node_does_not_depend_on_its_mates(
     model = load_model(
         open_checkpoint(packed(family)), dtype=dtype, runtime="packed", activations=activations
     )
+    open_target(model)
+    # Opened a second time, it attends in the same way.
     target = open_target(model)
+    assert model.config._attn_implementation == row_attention.NAME
     prompt, text = list(range(5, 19)), [7, 30, 11, 25, 9, 6, 40, 12]
     cache = target.cache(1)
     target.prefill(cache, [prompt])
