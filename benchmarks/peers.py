@@ -29,7 +29,7 @@ CACHES = 4
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a ring is made for: its matrices' shape [n, m], and the last-level cache's bytes."""
+    """Shape [n, m] of a ring's matrices, and the bytes of the last-level cache."""
 
     shape: tuple[int, int]
     cache_bytes: int

@@ -1,4 +1,4 @@
-"""What products do with activations: `exact` takes them as they are, `int8` rounds them.
+"""Precisions of products: `exact` takes activations as they are, `int8` rounds them.
 
 `auto` takes a method's row of the table: `int8` where rounding the activations adds less than
 `SHARE` of the divergence that the method itself causes, or less than `LEAST` nat. The figures are

@@ -369,7 +369,7 @@ class Consistency(DecodingObjective):
 
 @dataclass(frozen=True, slots=True)
 class _RowTokens:
-    """What is grouped into batches: a trajectory in rows of this number of noisy versions."""
+    """A trajectory, in rows of this number of noisy versions; the unit of batches."""
 
     trajectory: Trajectory
     versions: int

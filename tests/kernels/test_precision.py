@@ -1,4 +1,4 @@
-"""What `--activations auto` takes from the table, and that the table is what was measured."""
+"""The choice of `--activations auto`, and its table against the measured figures."""
 
 from __future__ import annotations
 
