@@ -32,6 +32,8 @@ enum kind {
     PAIRS,
     PAIRS_2,
     PAIRS_4,
+    /* int8 products of codes below 16, unpacked before, whose sums begin in 16 bits. */
+    NIBBLES,
     /* int8 products, of codes unpacked before or, by their bits, in registers. */
     INTEGER,
     INTEGER_1,
@@ -144,6 +146,11 @@ INLINE void pack_int8(const float *x, int count, int columns, int8_t *out, float
 INLINE int has_pairs(const struct product *p, const struct segment *s) {
     return HAS_PAIRS && p->precision == EXACT && p->type == BFLOAT16 && s->is_grid &&
            s->bits <= 4 && !s->column_scale && !s->offset;
+}
+
+/* Whether int8 products begin their sums in 16 bits. */
+INLINE int has_words(const struct segment *s) {
+    return HAS_WORDS && s->bits <= 4 && !s->byte_levels;
 }
 
 INLINE ptrdiff_t num_panels(const struct product *p) {

@@ -27,13 +27,14 @@ static void prepare(const struct segment *s, ptrdiff_t strip, ptrdiff_t chunk,
     w->chunks = block->chunks;
     if (!direct) unpack_block(s, tiles, w);
     const int slices = direct ? 0 : block->chunks * SLICES;
+    const float dot_center = has_words(s) ? 0 : DOT_CENTER;
     for (int v = 0; v < tiles; v++) {
         const int table = s->table ? s->table[strip * STRIP + v] : 0;
         const floats center = splat((float)s->center);
         w->scale[v] = parameters(s, s->scale, strip, block->group, v);
         w->zero[v] = s->zero ? parameters(s, s->zero, strip, block->group, v) : center;
         const floats whole = s->is_whole ? w->zero[v] : center;
-        w->whole_zero[v] = to_ints(subtract(whole, splat(DOT_CENTER)));
+        w->whole_zero[v] = to_ints(subtract(whole, splat(dot_center)));
 #if HAS_PAIRS
         const ints shift = to_ints(subtract(splat(16), whole));
         w->pair_shift[v] = either(shift, shift_left(shift, 16));

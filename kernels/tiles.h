@@ -81,24 +81,35 @@ INLINE void begin_int8(const int columns, const int height, const int first,
 }
 
 /* Scale the sums of integer products, and add them to the sums of the rows. */
-INLINE void end_int8(const int columns, const int height, const int first, const struct segment *s,
-                     const struct weights *w, const float *scale, const int32_t *total,
-                     ints acc[COLUMNS][TALL], float *sum) {
+INLINE void scale_int8(const int columns, const int height, const int first, const int has_zero,
+                       const int has_offset, const struct weights *w, const float *scale,
+                       const int32_t *total, ints acc[COLUMNS][TALL], float *sum) {
     EACH (c, columns) {
         const floats by = splat(scale[c]);
         EACH (v, height) {
             float *at = sum + (c * STRIP + first + v) * LANES;
             floats value = to_floats(acc[c][v]);
-            if (s->zero && !s->is_whole)
+            if (has_zero)
                 value = subtract(value, multiply(w->zero[first + v], splat((float)total[c])));
             value = multiply(value, multiply(w->scale[first + v], by));
-            if (s->offset) {
+            if (has_offset) {
                 const floats both_sums = multiply(splat((float)total[c]), by);
                 value = add(value, multiply(w->offset[first + v], both_sums));
             }
             store_floats(at, add(load_floats(at), value));
         }
     }
+}
+
+/* Scale and add the sums; most formats have neither zeros beside integers nor an offset. */
+INLINE void end_int8(const int columns, const int height, const int first, const struct segment *s,
+                     const struct weights *w, const float *scale, const int32_t *total,
+                     ints acc[COLUMNS][TALL], float *sum) {
+    const int has_zero = s->zero && !s->is_whole, has_offset = s->offset != 0;
+    if (has_zero || has_offset)
+        scale_int8(columns, height, first, has_zero, has_offset, w, scale, total, acc, sum);
+    else
+        scale_int8(columns, height, first, 0, 0, w, scale, total, acc, sum);
 }
 
 /* The codes of a slice of tile v: of `bits`, unpacked in registers; or, with 0, unpacked before. */
@@ -131,6 +142,31 @@ INLINE void block_int8(const int columns, const int height, const int first, con
     }
     end_int8(columns, height, first, s, w, scale, total, acc, sum);
 }
+
+#if HAS_WORDS
+/* `block_int8` of codes below 16. A chunk's sums of 16 bits are 8 2 15 127 at most. */
+INLINE void block_words(const int columns, const int height, const int first, const int bits,
+                        const struct segment *s, const struct weights *w, const int8_t *x,
+                        const float *scale, const int32_t *total, float *sum) {
+    ints acc[COLUMNS][TALL], words[COLUMNS][TALL];
+    begin_int8(columns, height, first, w, total, acc);
+    for (int chunk = 0; chunk < w->chunks; chunk++) {
+        fetch_next(bits, height, first, w, chunk);
+        EACH (c, columns)
+            EACH (v, height) words[c][v] = splat_int(0);
+        EACH (slice, SLICES) {
+            EACH (v, height) {
+                const ints codes = codes_of(bits, w, chunk, slice, first + v);
+                EACH (c, columns) words[c][v] = dot_words(words[c][v], codes, x + c * 4);
+            }
+            x += columns * 4;
+        }
+        EACH (c, columns)
+            EACH (v, height) acc[c][v] = widen_words(acc[c][v], words[c][v]);
+    }
+    end_int8(columns, height, first, s, w, scale, total, acc, sum);
+}
+#endif
 
 INLINE floats value_of(const int kind, ints code, const int byte, const float *levels,
                        floats zero) {
@@ -212,7 +248,7 @@ INLINE void block_pairs(const int columns, const int height, const int first, co
 INLINE void block_of(const int kind, const int columns, const int height, int first,
                      const struct segment *s, const struct weights *w, const char *x,
                      ptrdiff_t begin, int block, float *sum) {
-    const char *ends = x + (ptrdiff_t)s->chunks * CHUNK * columns * (kind < INTEGER ? 4 : 1);
+    const char *ends = x + (ptrdiff_t)s->chunks * CHUNK * columns * (kind < NIBBLES ? 4 : 1);
     const int8_t *codes = (const int8_t *)x + begin * columns;
     const uint32_t *pairs = (const uint32_t *)x + begin / 2 * columns;
     const float *scale = (const float *)ends + 2 * block * columns;
@@ -223,10 +259,21 @@ INLINE void block_of(const int kind, const int columns, const int height, int fi
         block_int8(columns, height, first, BITS, HAS_LEVELS, s, w, codes, scale, total, sum);      \
         break;
         INT8_CASE(INTEGER, 0, 0)
+        INT8_CASE(INTEGER_8, 8, 0)
+#if HAS_WORDS
+#define WORDS_CASE(KIND, BITS)                                                                     \
+    case KIND:                                                                                     \
+        block_words(columns, height, first, BITS, s, w, codes, scale, total, sum);                 \
+        break;
+        WORDS_CASE(NIBBLES, 0)
+        WORDS_CASE(INTEGER_1, 1)
+        WORDS_CASE(INTEGER_2, 2)
+        WORDS_CASE(INTEGER_4, 4)
+#else
         INT8_CASE(INTEGER_1, 1, 0)
         INT8_CASE(INTEGER_2, 2, 0)
         INT8_CASE(INTEGER_4, 4, 0)
-        INT8_CASE(INTEGER_8, 8, 0)
+#endif
         INT8_CASE(LEVELS_1, 1, 1)
         INT8_CASE(LEVELS_2, 2, 1)
         INT8_CASE(LEVELS_4, 4, 1)
@@ -275,8 +322,14 @@ typedef void block_function(int, const struct segment *, const struct weights *,
 #else
 #define PAIR_KINDS(F)
 #endif
+#if HAS_WORDS
+#define WORD_KINDS(F) F(nibbles, NIBBLES)
+#else
+#define WORD_KINDS(F)
+#endif
 #define EACH_KIND(F)                                                                               \
     PAIR_KINDS(F)                                                                                  \
+    WORD_KINDS(F)                                                                                  \
     F(table, TABLE)                                                                                \
     F(centered, CENTERED)                                                                          \
     F(plain, PLAIN)                                                                                \
@@ -301,11 +354,11 @@ INLINE int kind_of(const struct product *p, const struct segment *s, ptrdiff_t p
     case 2: return s->byte_levels ? LEVELS_2 : INTEGER_2;
     case 4: return s->byte_levels ? LEVELS_4 : INTEGER_4;
     case 8: return INTEGER_8;
-    default: return INTEGER;
+    default: return has_words(s) ? NIBBLES : INTEGER;
     }
 }
 
 /* Whether products of this kind unpack codes themselves. */
-INLINE int is_direct(int kind) { return kind >= PAIRS_2 && kind != INTEGER; }
+INLINE int is_direct(int kind) { return kind >= PAIRS_2 && kind != NIBBLES && kind != INTEGER; }
 
 #endif

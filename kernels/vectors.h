@@ -171,4 +171,10 @@ INLINE floats add_lanes(const floats v[LANES]) {
 #define HAS_PAIRS 0
 #endif
 
+/* Whether sums of 16 bits are faster than `dot`: `dot_words` adds the products of each lane's four
+ * codes, below 16 and not centered, to two words a lane, and `widen_words` adds these to a sum. */
+#ifndef HAS_WORDS
+#define HAS_WORDS 0
+#endif
+
 #endif

@@ -53,12 +53,32 @@ INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x) {
 #else
 /* Pairs of products are added in 16 bits, which hold 2 128 127 but not 2 255 127. */
 #define DOT_CENTER 128
+/* Keep a sum in a register: GCC reorders the sums of an unrolled loop, and spills the summands. */
+INLINE __m256i keep(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+}
 INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x) {
     const __m256i centered = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     const __m256i pairs =
         _mm256_maddubs_epi16(_mm256_abs_epi8(centered), _mm256_sign_epi8(x, centered));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return keep(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
+#define HAS_WORDS 1
+INLINE __m256i dot_words_half(__m256i words, __m256i w, __m256i x) {
+    return keep(_mm256_add_epi16(words, _mm256_maddubs_epi16(w, x)));
+}
+INLINE ints dot_words(ints words, ints w, const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    const __m256i splat = _mm256_set1_epi32(four);
+    return (ints){dot_words_half(words.low, w.low, splat),
+                  dot_words_half(words.high, w.high, splat)};
+}
+INLINE __m256i widen_half(__m256i sum, __m256i words) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+}
+INLINE ints widen_words(ints sum, ints words) { return PAIRS(ints, widen_half, sum, words); }
 #endif
 
 INLINE ints dot(ints sum, ints w, const int8_t *x) {
