@@ -174,7 +174,7 @@ INLINE floats value_of(const int kind, ints code, const int byte, const float *l
     switch (kind) {
     case OUTLIERS: return look_up_32(levels, lane);
     case CENTERED: return subtract(look_up_16(levels, lane), zero);
-    case PLAIN: return subtract(to_floats(both(lane, splat_int(0xff))), zero);
+    case PLAIN: return subtract(to_floats(byte_of(code, byte)), zero);
     default: return look_up_16(levels, lane);
     }
 }
@@ -348,7 +348,10 @@ static block_function *const *const tall[] = {EACH_KIND(TALL_TABLE)};
 INLINE int kind_of(const struct product *p, const struct segment *s, ptrdiff_t panels) {
     const int bits = panels == 1 ? s->bits : 0;
     if (has_pairs(p, s)) return bits == 2 ? PAIRS_2 : bits == 4 ? PAIRS_4 : PAIRS;
-    if (p->precision == EXACT) return s->kind;
+    if (p->precision == EXACT) {
+        const int is_code = s->kind == CENTERED || (s->kind == TABLE && s->is_grid);
+        return HAS_SLOW_TABLES && is_code ? PLAIN : s->kind;
+    }
     switch (bits) {
     case 1: return s->byte_levels ? LEVELS_1 : INTEGER_1;
     case 2: return s->byte_levels ? LEVELS_2 : INTEGER_2;

@@ -166,6 +166,18 @@ INLINE floats add_lanes(const floats v[LANES]) {
 }
 #endif
 
+/* One of the bytes of each lane, as an integer. */
+#ifndef HAS_BYTE_OF
+INLINE ints byte_of(ints v, const int byte) {
+    return both(byte ? shift_right(v, 8 * byte) : v, splat_int(0xff));
+}
+#endif
+
+/* Whether codes that are values are converted faster than looked up. */
+#ifndef HAS_SLOW_TABLES
+#define HAS_SLOW_TABLES 0
+#endif
+
 /* Whether there are instructions for pairs of bfloat16 in a lane. */
 #ifndef HAS_PAIRS
 #define HAS_PAIRS 0

@@ -36,6 +36,15 @@ INLINE ints look_up_bytes(ints table, ints codes) {
     return PAIRS(ints, _mm256_shuffle_epi8, table, codes);
 }
 
+/* By a shuffle, where others shift and mask. */
+#define HAS_BYTE_OF 1
+INLINE ints byte_of(ints v, const int byte) {
+    const int32_t first = (int32_t)0x80808000 + byte;
+    const __m256i at = _mm256_broadcastsi128_si256(
+        _mm_setr_epi32(first, first + 4, first + 8, first + 12));
+    return (ints){_mm256_shuffle_epi8(v.low, at), _mm256_shuffle_epi8(v.high, at)};
+}
+
 INLINE __m256i mark_half(__m256i codes) {
     const __m256i swapped =
         _mm256_or_si256(_mm256_srli_epi16(codes, 8), _mm256_slli_epi16(codes, 8));
@@ -115,6 +124,8 @@ INLINE floats fused(floats a, floats b, floats c) {
     return (floats){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 
+/* A look-up takes seven instructions, a conversion two. */
+#define HAS_SLOW_TABLES 1
 /* Of 8 floats by the lowest three bits of a lane, of twice as many by one bit more. */
 INLINE __m256 choose_8(const float *table, __m256i lanes) {
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), lanes);
