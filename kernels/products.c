@@ -34,7 +34,7 @@ static void prepare(const struct segment *s, ptrdiff_t strip, ptrdiff_t chunk,
         w->scale[v] = parameters(s, s->scale, strip, block->group, v);
         w->zero[v] = s->zero ? parameters(s, s->zero, strip, block->group, v) : center;
         const floats whole = s->is_whole ? w->zero[v] : center;
-        w->whole_zero[v] = to_ints(subtract(whole, splat(dot_center)));
+        w->minus_zero[v] = to_ints(subtract(splat(dot_center), whole));
 #if HAS_PAIRS
         const ints shift = to_ints(subtract(splat(16), whole));
         w->pair_shift[v] = either(shift, shift_left(shift, 16));

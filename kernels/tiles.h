@@ -35,7 +35,7 @@ struct weights {
     ints codes[BLOCK_SLICES][STRIP]; /* unpacked, unless the product unpacks them itself */
     const uint8_t *lines;
     floats scale[STRIP], zero[STRIP], offset[STRIP];
-    ints whole_zero[STRIP]; /* the zero, or the center, if that is an integer */
+    ints minus_zero[STRIP]; /* less the zero, or the center, if that is an integer */
     ints byte_levels[STRIP];
     ints pair_shift[STRIP]; /* 16 less the whole zero, in both halves of a lane */
     const float *levels[STRIP];
@@ -77,7 +77,7 @@ INLINE floats parameters(const struct segment *s, const void *of, ptrdiff_t stri
 INLINE void begin_int8(const int columns, const int height, const int first,
                        const struct weights *w, const int32_t *total, ints acc[COLUMNS][TALL]) {
     EACH (c, columns)
-        EACH (v, height) acc[c][v] = multiply_small(w->whole_zero[first + v], -total[c]);
+        EACH (v, height) acc[c][v] = multiply_small(w->minus_zero[first + v], total[c]);
 }
 
 /* Scale the sums of integer products, and add them to the sums of the rows. */

@@ -65,7 +65,9 @@ INLINE ints dot(ints sum, ints w, const int8_t *x) {
 
 /* The products of lanes with a number, all of 16 bits with a sign. */
 INLINE ints multiply_small(ints v, int32_t by) {
-    return _mm512_madd_epi16(v, _mm512_set1_epi32(by & 0xffff));
+    /* One of two 16-bit products must be zero: a mask of v is outside of the loops. */
+    const ints low = _mm512_and_si512(v, _mm512_set1_epi32(0xffff));
+    return _mm512_madd_epi16(low, _mm512_set1_epi32(by));
 }
 
 INLINE floats load_floats(const float *p) { return _mm512_loadu_ps(p); }

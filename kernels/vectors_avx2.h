@@ -98,8 +98,8 @@ INLINE ints dot(ints sum, ints w, const int8_t *x) {
 }
 
 INLINE ints multiply_small(ints v, int32_t by) {
-    const __m256i splat = _mm256_set1_epi32(by & 0xffff);
-    return (ints){_mm256_madd_epi16(v.low, splat), _mm256_madd_epi16(v.high, splat)};
+    const ints low = both(v, splat_int(0xffff)), splat = splat_int(by);
+    return PAIRS(ints, _mm256_madd_epi16, low, splat);
 }
 
 INLINE floats load_floats(const float *p) {

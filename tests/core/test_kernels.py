@@ -80,6 +80,7 @@ def test_weights_that_are_replaced_later_are_the_ones_used() -> None:
             model(x)
 
 
+@needs_kernel
 def test_matrices_of_other_devices_and_dtypes_are_left_alone() -> None:
     strided = nn.Linear(256, 256)
     strided.weight.data = strided.weight.data.T

@@ -5,6 +5,7 @@ The same check must reject planted faults, or it proves nothing.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectool.decode import verify
@@ -28,6 +29,9 @@ from spectool.decode.options import SamplingParams
 from spectool.decode.sampling import Draws, StepRandom
 from spectool.decode.tree import Draft, Kind
 from spectool.decode.verify import Verdict
+from spectool.kernels import build
+from spectool.model.kernels import attach_products, describe_packed
+from spectool.quantize.base import parse_quantizer
 
 from .conftest import with_exits
 
@@ -137,14 +141,36 @@ PAIRS = {
 FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s", "exits"]
 
 
-def model_for(pair: str) -> PreTrainedModel:
+@functools.cache
+def packed_toy(activations: str, layers: int) -> PreTrainedModel:
+    """Return `toy(0)` with linears of 4 bits that multiply with codes."""
+    model = copy.deepcopy(toy(0, layers))
+    quantizer = parse_quantizer("rtn:bits=4,group_size=8")
+    blocks = model.get_submodule("model.layers")
+    for name, linear in list(blocks.named_modules()):
+        if isinstance(linear, nn.Linear):
+            shape = linear.out_features, linear.in_features
+            packed = quantizer.build(shape)
+            packed.method = "rtn"
+            fields = quantizer.pack(linear.weight.detach(), None, torch.Generator())
+            packed.q.load_state_dict(fields)
+            blocks.set_submodule(name, packed)
+    attach_products(model, torch.float32, activations)
+    way = f"{7 * layers} linears packed (by kernel, {activations} activations)"
+    assert describe_packed(model) == way
+    return model
+
+
+def model_for(pair: str, activations: str | None = None) -> PreTrainedModel:
+    """Return the target of a pair: dense, or packed with activations as they are or rounded."""
     # The first and the last layer are never skipped.
-    return toy(0, 4 if pair == "skip" else 1)
+    layers = 4 if pair == "skip" else 1
+    return packed_toy(activations, layers) if activations else toy(0, layers)
 
 
-def runner_for(pair: str) -> Runner:
+def runner_for(pair: str, activations: str | None = None) -> Runner:
     how = PAIRS[pair]
-    runner = Runner(model_for(pair))
+    runner = Runner(model_for(pair, activations))
     if isinstance(how, DraftModelDrafter.Config):
         draft = with_exits(toy(1, 3), [1, 2, 3], [0.6, 0.7, 0]) if how.exits else toy(1)
         runner.use(DraftModelDrafter(draft, how, target=runner.target))
@@ -177,6 +203,30 @@ def test_the_distribution_is_the_targets_with_many_samples(
 ) -> None:
     counts = sample(runner_for(pair), 30_000, verify=verifier_of(pair), **options)
     assert agrees(counts, exact_probs(model_for(pair), SamplingParams(**options)))
+
+
+@pytest.mark.skipif(build.missing_products() is not None, reason="no kernel here")
+@pytest.mark.parametrize(
+    ("pair", "activations", "size"),
+    [
+        ("chain", "int8", SAMPLES),
+        *(
+            pytest.param(pair, activations, 5 * SAMPLES, marks=pytest.mark.slow)
+            for pair in [*FEW, "skip"]
+            for activations in ("exact", "int8")
+        ),
+    ],
+)
+def test_the_distribution_is_that_of_a_packed_target(
+    pair: str, activations: str, size: int
+) -> None:
+    expected = exact_probs(model_for(pair, activations), SamplingParams(temperature=1.0))
+    runner = runner_for(pair, activations)
+    counts = sample(runner, size, temperature=1.0, verify=verifier_of(pair))
+    assert agrees(counts, expected)
+    if size > SAMPLES:
+        # The dense target's texts are others, or that would show little.
+        assert not agrees(counts, exact_probs(model_for(pair), SamplingParams(temperature=1.0)))
 
 
 def test_filters_hold_in_the_loop() -> None:
