@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from spectool.cli.bench_tables import chain_table, comparison_table, drafter_table
+from spectool.cli.certify import certify
 from spectool.cli.common import Output, describe_kv, open_runner, prepare_torch, read_prompts
 from spectool.decode.options import RunnerOptions, SamplingParams, VerifyOptions
 from spectool.errors import UsageError
@@ -56,10 +57,26 @@ class BenchOptions(Config):
         maximum=16,
     )
     plot: Path | None = option(None, "Chart of the speed-ups to write: a .png or .svg file")
+    certify: Path | None = option(
+        None,
+        "Measure no speed; check that logits, texts and sampled texts are plain decoding's, and "
+        "write what was found to this JSON file; exit code 3 if a promise does not hold. Without "
+        "--draft all drafters that need no training are checked",
+    )
+    attach: bool = option(
+        False, "Also add the certificate to MODEL's directory, among its files", switch=True
+    )
 
     def validate(self) -> None:
         if not self.batch_size:
             raise UsageError("--batch-size : expected positive numbers, as 4 or 1,4,16")
+        if self.certify is None and self.attach:
+            raise UsageError("--attach needs --certify FILE")
+        if self.certify is not None:
+            for name in ("reference", "baselines", "chain_lengths", "plot"):
+                if getattr(self, name):
+                    flag = name.replace("_", "-")
+                    raise UsageError(f"--certify measures no speed; leave --{flag} out")
 
 
 def bench(
@@ -72,6 +89,9 @@ def bench(
 ) -> None:
     """Measure drafters against plain decoding and check that the output stays the same."""
     prepare_torch(load.threads)
+    if options.certify is not None:
+        certify(output, options, text, verification, sampling, load)
+        return
     from spectool.evaluate.measures.losslessness import list_mismatches
     from spectool.evaluate.picture import draw
     from spectool.evaluate.results import as_json

@@ -10,7 +10,14 @@ from typing import Any
 
 from spectool import methods
 from spectool.checkpoint.checksums import Checksums, parse
-from spectool.checkpoint.headers import HEADS, HEADS_FILE, TRAINING, Layout, read_json
+from spectool.checkpoint.headers import (
+    CERTIFICATE,
+    HEADS,
+    HEADS_FILE,
+    TRAINING,
+    Layout,
+    read_json,
+)
 from spectool.cli.common import Output, size
 from spectool.cli.train_heads import calibration_lines, judge_lines
 from spectool.distill.options import (
@@ -101,6 +108,7 @@ def _describe_checkpoint(path: Path) -> Description:
         ],
         "unused": find_extra_blocks(layout),
         **_origin(layout, training),
+        "certificate": _read_certificate(path),
     }
     of_blocks = any(entry.outside for entry in ledger.entries)
     return result, stored, _checkpoint_lines(path, result, training, of_blocks)
@@ -133,6 +141,39 @@ def _checkpoint_lines(
         yield _training_line(path, training)
     if source := result["source"]:
         yield f"source: {source.get('fingerprint', 'without a fingerprint')}"
+    if certificate := result["certificate"]:
+        yield _certificate_line(path, certificate)
+
+
+def _read_certificate(path: Path) -> dict[str, Any] | None:
+    """Read what `bench --certify FILE --attach` added, without its measurements of single passes.
+
+    Raises:
+        CheckpointError: the certificate cannot be read.
+    """
+    if not (path / CERTIFICATE).is_file():
+        return None
+    found = read_json(path / CERTIFICATE)
+    return {key: value for key, value in found.items() if key not in ("rows", "texts", "laws")}
+
+
+def _certificate_line(path: Path, found: dict[str, Any]) -> str:
+    """Say what a certificate promises and whether it was kept.
+
+    Raises:
+        CheckpointError: the certificate is incomplete.
+    """
+    try:
+        kept = "kept" if not found["broken"] else f"not kept ({'; '.join(found['broken'])})"
+        widths, batches = found["widths"], found["batch_sizes"]
+        return (
+            f"certificate: {', '.join(found['promises'])} of {', '.join(found['drafters'])} "
+            f"promised to be plain decoding's, and {kept}: {found['dtype']}, {found['runtime']}, "
+            f"layers by {' and '.join(found['forward'])}, passes of up to {max(widths)} nodes and "
+            f"{max(batches)} texts, {found['tokens']} tokens of {found['prompts']} prompts compared"
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / CERTIFICATE} is not a certificate") from error
 
 
 def _read_training(layout: Layout) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from spectool.checkpoint.checksums import Checksums, Hasher
 from spectool.checkpoint.headers import HEADS, PACKED_INDEX, TRAINING, TensorEntry, read_json
 from spectool.checkpoint.tensors import DTYPES, check_finite, read_pieces, torch_dtype
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.files import disk_errors
+from spectool.files import disk_errors, json_bytes, replacing
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -303,6 +303,40 @@ def listed_files(path: Path) -> set[str]:
         if isinstance(files, list):
             listed.update(file for file in files if isinstance(file, str))
     return listed
+
+
+def find_listing(path: Path) -> Path:
+    """Find the file in which the checkpoint in this directory lists its files.
+
+    Raises:
+        UsageError: no checkpoint that spectool wrote is there.
+    """
+    for name in (PACKED_INDEX, TRAINING):
+        if (path / name).is_file() and listed_files(path):
+            return path / name
+    raise UsageError(
+        f"{path}: no checkpoint that spectool wrote, so no files can be attached to it",
+        hint="leave out --attach",
+    )
+
+
+def attach_file(path: Path, name: str, data: bytes) -> None:
+    """Add a small file to the checkpoint in this directory, or replace it.
+
+    It is listed first, so that a killed run leaves no file that nobody listed. Fingerprints and
+    checksums do not cover it.
+
+    Raises:
+        UsageError: no checkpoint that spectool wrote is there.
+        InputError: the directory cannot be written.
+    """
+    listing = find_listing(path)
+    record = read_json(listing)
+    holder = record["metadata"] if listing.name == PACKED_INDEX else record
+    holder["files"] = sorted({*holder.get("files", ()), name})
+    for file, content in ((listing, json_bytes(record)), (path / name, data)):
+        with replacing(file) as temporary:
+            _write_synced(temporary, content)
 
 
 def _find_stray(path: Path) -> str | None:

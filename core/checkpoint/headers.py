@@ -39,6 +39,8 @@ HEADS = foreign.HEADS
 HEADS_FILE = "heads.safetensors"
 # Record of a training that wrote a dense checkpoint.
 TRAINING = "spectool_training.json"
+# What `bench --certify FILE --attach` adds to an artifact.
+CERTIFICATE = "certificate.json"
 
 # Keys of a configuration that may hold the number of decoder layers.
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -169,6 +169,12 @@ def describe_products(device: str, dtype: torch.dtype) -> str:
     return f"torch ({reason})" if reason else "kernel"
 
 
+def name_library() -> str:
+    """Return the name of the variant of the kernels that this processor runs, or "none"."""
+    library = build.load_library()
+    return "none" if isinstance(library, str) else library.variant.name
+
+
 @functools.cache
 def _missing_library() -> str:
     """Say why there is no library of products, which is tested here; "" if there is.

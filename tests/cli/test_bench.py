@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
+from spectool.checkpoint.artifact import listed_files
+from spectool.checkpoint.headers import CERTIFICATE, PACKED_INDEX
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.text import read_rows
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.base import Pass
 from spectool.machine import version
+
+from ..conftest import contents
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
@@ -142,3 +149,89 @@ def test_chains_are_first_paths_so_many_tokens_deep(
     assert "chain" not in second and "no chains, since" in done.err
     people = spectool(*words, "--limit", 1, "--max-new-tokens", 4)
     assert "chain of 3" in people.out
+
+
+def test_a_certificate_is_written_and_attached(
+    spectool: Spectool,
+    checkpoint: Checkpoint,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spectool.evaluate.certificate.WIDTHS", (1, 4))
+    monkeypatch.setattr("spectool.evaluate.certificate.BATCHES", (1, 2))
+    monkeypatch.setattr("spectool.evaluate.certificate.LAW_SAMPLES", 20)
+    packed, file = tmp_path / "packed", tmp_path / "c.json"
+    source = checkpoint("llama", hidden_size=256, intermediate_size=256)
+    assert spectool("quantize", "rtn", source, packed).code == 0
+    before, fingerprint = contents(packed), open_checkpoint(packed).fingerprint()
+    words = ["--prompts", prompts, "--draft", "recycle", "--max-new-tokens", 6, "--certify", file]
+    done = spectool("bench", packed, *words)
+    assert done.code == 0, done.err
+    assert contents(packed) == before and "certificate: " not in spectool("inspect", packed).out
+    assert "promised: " in done.out and "recycle" in done.out
+    attached = spectool("bench", packed, *words, "--attach", "--json")
+    assert attached.code == 0, attached.err
+    found = json.loads(file.read_text())
+    assert found["model"] == fingerprint and found["broken"] == []
+    assert found == {key: attached.json[key] for key in found}
+    now = contents(packed)
+    assert now.pop(CERTIFICATE) == file.read_bytes()
+    assert now.keys() == before.keys()
+    assert [name for name in now if now[name] != before[name]] == [PACKED_INDEX]
+    assert CERTIFICATE in listed_files(packed)
+    assert open_checkpoint(packed).fingerprint() == fingerprint
+    assert "certificate: " in (told := spectool("inspect", packed, "--checksums").out)
+    assert "and kept" in told
+    assert spectool("inspect", packed, "--json").json["certificate"]["drafters"] == ["recycle"]
+    # The same run attaches the same bytes, and OUT may still be replaced.
+    both = contents(packed)
+    assert spectool("bench", packed, *words, "--attach").code == 0 and contents(packed) == both
+    assert spectool("quantize", "rtn", source, packed, "--overwrite").code == 0
+    assert contents(packed) == before
+
+
+def test_a_broken_promise_exits_with_3(
+    spectool: Spectool,
+    checkpoint: Checkpoint,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spectool.evaluate.certificate.WIDTHS", (1, 4))
+    monkeypatch.setattr("spectool.evaluate.certificate.BATCHES", (1,))
+    monkeypatch.setattr("spectool.evaluate.certificate.LAW_SAMPLES", 5)
+    original = AttentionTarget.verify
+
+    def verify(self: Any, cache: Any, drafts: Any, needs: Any = None) -> Pass:
+        done = original(self, cache, drafts, needs)
+        if len(drafts[0]) > 1:
+            done = Pass(done.logits_BNV.roll(1, -1), done.features)
+        return done
+
+    monkeypatch.setattr(AttentionTarget, "verify", verify)
+    words = ["--prompts", prompts, "--draft", "recycle", "--max-new-tokens", 6, "--certify"]
+    done = spectool("bench", checkpoint("llama"), *words, tmp_path / "c.json")
+    assert done.code == 3 and "promised and not kept: recycle: 2 of 2 texts" in done.err
+    assert json.loads((tmp_path / "c.json").read_text())["broken"]
+    assert "passes of 4 nodes: 8 of 8 rows" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--attach",), "--attach needs --certify"),
+        (("--certify", "c.json", "--attach"), "no checkpoint that spectool wrote"),
+        (("--certify", "c.json", "--baselines"), "leave --baselines out"),
+        (("--certify", "none/c.json"), "no such folder: none"),
+    ],
+)
+def test_certificates_that_are_refused_before_anything_runs(
+    words: tuple[str, ...],
+    message: str,
+    spectool: Spectool,
+    checkpoint: Checkpoint,
+    prompts: Path,
+) -> None:
+    done = spectool("bench", checkpoint("llama"), "--prompts", prompts, *words)
+    assert done.code == 2 and message in done.err and "dense" not in done.err

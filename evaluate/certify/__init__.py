@@ -1,0 +1,1 @@
+"""What a certificate of losslessness checks: one file for each check."""
