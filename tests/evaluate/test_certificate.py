@@ -45,10 +45,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def packed(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
-    # torch's exp and cos round the last elements of a tensor otherwise than whole vectors: heads and
-    # MLP are whole vectors of every processor.
-    source = open_checkpoint(checkpoint("llama", hidden_size=256, intermediate_size=256))
-    quantize(source, out, QuantizeJob(method="rtn", config=RTN.Config(bits=4), calibration=()))
+    # torch's exp and cos round the last elements of a tensor otherwise than whole vectors; heads
+    # and MLP here are whole vectors of every processor.
+    wide = checkpoint("llama", hidden_size=256, intermediate_size=256)
+    quantize(
+        open_checkpoint(wide),
+        out,
+        QuantizeJob(method="rtn", config=RTN.Config(bits=4), calibration=()),
+    )
     return out
 
 
