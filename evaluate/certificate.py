@@ -32,7 +32,7 @@ WIDTHS, BATCHES = (1, 2, 4, 8, 16, 32, 64), tuple(range(1, 9))
 # Last tokens of a prompt that rows are compared behind.
 ROW_PROMPT = 256
 # Prompts whose short continuations are sampled, how many of each, and how many together.
-LAW_PROMPTS, LAW_SAMPLES, LAW_BATCH = 4, 250, 32
+LAW_PROMPTS, LAW_SAMPLES, LAW_BATCH = 2, 150, 32
 # The layers are computed by transformers' modules.
 FORWARDS = ("modules",)
 # Drafters that need no training, besides those of the table: what `auto` is without heads.

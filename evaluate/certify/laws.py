@@ -23,8 +23,8 @@ LENGTH = 3
 SAMPLING = SamplingParams(temperature=1.0, top_k=4)
 # Continuations that both samples together have less often are counted as one.
 LEAST = 10
-# Tokens of a prompt that are read, its last ones: the test is about what follows.
-PROMPT_TOKENS = 16
+# Tokens of a prompt that are read, its last ones: each of many samples reads them again.
+PROMPT_TOKENS = 4
 # Below this probability, divided by the number of tests, a law counts as another one.
 LEVEL = 1e-3
 
