@@ -20,7 +20,7 @@ from spectool.decode.options import SamplingParams, VerifyOptions
 # Tokens of a continuation. The first comes from the prompt's pass, drafts reach the others.
 LENGTH = 3
 # Few tokens to choose from, so that most continuations are seen often enough to be compared.
-SAMPLING = SamplingParams(temperature=1.0, top_k=4)
+SAMPLING = SamplingParams(temperature=1.0, top_k=3)
 # Continuations that both samples together have less often are counted as one.
 LEAST = 10
 # Tokens of a prompt that are read, its last ones: each of many samples reads them again.

@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificate, "WIDTHS", (1, 2, 16))
     monkeypatch.setattr(certificate, "BATCHES", (1, 3))
     monkeypatch.setattr(certificate, "LAW_PROMPTS", 2)
-    monkeypatch.setattr(certificate, "LAW_SAMPLES", 60)
+    monkeypatch.setattr(certificate, "LAW_SAMPLES", 100)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_every_drafter_without_training_is_checked(checkpoint: Make) -> None:
     assert all(each.identical == each.prompts == 3 and not each.partings for each in found.texts)
     assert found.tokens == sum(each.tokens for each in found.texts) > 0
     assert [law.drafter for law in found.laws] == ["none", *found.drafters]
-    assert all(law.degrees >= 2 and law.samples == 120 for law in found.laws)
+    assert all(law.degrees >= 2 and law.samples == 200 for law in found.laws)
     assert any(law.accepted for law in found.laws)
     shapes = {(each.kind, each.width, each.batch): each.rows for each in found.rows}
     assert shapes["tree", 16, 3] == 48 and shapes["mixed", 16, 3] == 40
