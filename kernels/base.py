@@ -1,19 +1,15 @@
-"""Base of the kernels: products of few rows of activations with a large matrix, on a CPU.
+"""Base of the kernels: products of rows of activations with a large matrix, on a CPU.
 
-In decoding few rows meet large matrices, and the time goes into reading these. The C files share
-`few_rows.h`, which reads a matrix once for all rows and sums each row in a fixed order, so the
-result of a row does not depend on the other rows, to the last bit.
+The result of a row does not depend on the other rows, to the last bit.
 
 Shapes: n outputs and m inputs of a matrix, N rows of activations.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,17 +20,14 @@ from spectool.kernels import build
 # A matrix's stored tensors by name.
 Fields = Mapping[str, Tensor]
 
-# A matrix as a C file reads it: its rows, and the factor of each row, if rows have factors.
+# A matrix as a C file reads it: its rows, and the vectors that they are sums of, if they are.
 Operands = tuple[Tensor, Tensor | None]
-
-# `few_rows.h` reads rows in steps of up to 32 elements; scratch rows are padded to that.
-_PADDED = 32
 
 
 class Kernel(ABC):
     """Products with matrices of one format, for activations of one dtype.
 
-    `source` is the C file's name, with which its functions begin. `smallest`: for matrices of fewer
+    `source` is the C file's name. `smallest`: for matrices of fewer
     weights the call costs more than it saves. `most_rows`: beyond so many rows another way is
     faster. `everywhere`: it runs outside of decoding too.
     """
@@ -63,22 +56,12 @@ class Kernel(ABC):
         """Return why the kernel cannot run on this machine; None if it can."""
         return build.missing()
 
+    @abstractmethod
     def linear(self, x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
         """Compute x [..., m] times W transposed, plus bias [n], summed in float32, in x's dtype.
 
         Inference only.
         """
-        weight, scale = operands
-        n, m = weight.shape
-        x_Nm = x.reshape(-1, m).contiguous()
-        scratch = torch.empty(len(x_Nm) * -(-m // _PADDED) * _PADDED, dtype=torch.float32)
-        out_Nn = torch.empty(len(x_Nm), n, dtype=torch.float32)
-        bias_n = None if bias is None else bias.to(torch.float32).contiguous()
-        assert x.dtype == self.dtype
-        tensors = (x_Nm, weight, scale, bias_n, out_Nn, scratch)
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        _load(self.source, self.dtype)(*pointers, len(x_Nm), m, n, torch.get_num_threads())
-        return out_Nn.to(x.dtype).view(*x.shape[:-1], n)
 
     def twin(self, x: Tensor, fields: Fields, bias: Tensor | None) -> Tensor:
         """Compute the same in torch: the specification of `linear`."""
@@ -101,14 +84,3 @@ class Kernel(ABC):
                 f"the kernel {self.source} for {self.dtype} computes wrong products on this "
                 "machine; please report it, with the output of spectool doctor"
             )
-
-
-@functools.cache
-def _load(source: str, dtype: torch.dtype) -> Any:
-    """Load the product of a C file for activations of a dtype."""
-    library = build.load_library()
-    assert not isinstance(library, str), "the registry chooses kernels that can be built"
-    run = library.functions[f"{source}_{str(dtype).removeprefix('torch.')}"]
-    run.argtypes = [*[ctypes.c_void_p] * 6, *[ctypes.c_ssize_t] * 3, ctypes.c_int]
-    run.restype = None
-    return run

@@ -25,12 +25,14 @@ def make_model() -> nn.Sequential:
 
 @needs_kernel
 @torch.inference_mode()
-def test_large_linears_use_their_kernel_within_the_context_only() -> None:
+def test_large_linears_use_their_kernel_within_the_context_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = make_model()
     big, x = model[0], torch.randn(2, 3, 256)
     plain = big(x)
     for _ in range(2):
-        assert str(attach_kernels(model, torch.float32)["dense"]) == "kernel for up to 64 rows"
+        assert str(attach_kernels(model, torch.float32)["dense"]) == "kernel"
     assert [type(layer) for layer in model[:3]] == [KernelLinear, KernelLinear, nn.Linear]
     kernel = registry.choose("dense", "cpu", torch.float32).kernel
     assert kernel is not None
@@ -39,8 +41,11 @@ def test_large_linears_use_their_kernel_within_the_context_only() -> None:
     with registry.use_kernels():
         assert torch.equal(big(x), expected) and not torch.equal(plain, expected)
         # More rows than pay are torch's.
-        many = torch.randn(kernel.most_rows + 1, 256)
+        monkeypatch.setattr(kernel, "most_rows", 64)
+        attach_kernels(model, torch.float32)
+        many = torch.randn(65, 256)
         assert torch.equal(big(many), nn.functional.linear(many, big.weight, big.bias))
+        assert torch.equal(big(many[:64]), kernel.linear(many[:64], (big.weight, None), big.bias))
     assert torch.equal(big(x), plain)
 
 
