@@ -1,13 +1,14 @@
-"""Measure the speed of `spectool generate` while other processes keep the CPU busy.
+"""Measure the speed of decoding while other processes keep the CPU busy.
 
-    python benchmarks/busy.py --shared FOLDER [--out …/results/…json] [--busy 0 2] [--rounds 3]
+    python benchmarks/busy.py --shared FOLDER [--out …/results/…json] [--busy 0 1 2] [--rounds 3]
 
-FOLDER holds `models/codestory-10M` (see its README). The benchmark runs this model, and its copy
-widened to 100 M parameters (`widened.py`), which computes the same function at the cost of such a
-model. Each command runs in its own process: with one thread; with two threads and OpenMP's default
-spinning; with two threads and the bounded spinning that spectool sets. The settings alternate, and
-the median over several rounds is reported. The other processes are endless loops, one per
-processor; `--other-work` marks results measured while further work was running.
+FOLDER holds `models/codestory-10M` (see its README). The benchmark decodes this model, and its copy
+widened to 400 M parameters (`widened.py`), which computes the same function at the cost of such a
+model; each in bfloat16 and packed to 4 bits. A process of its own loads a model once for each way
+in which OpenMP's threads spin: bounded as spectool sets it, and libgomp's default. In it, one
+thread and two take turns, and so do the numbers of other processes, which are endless loops. The
+median over the rounds is reported; `--other-work` marks results measured while further work was
+running.
 """
 
 from __future__ import annotations
@@ -28,17 +29,13 @@ import record
 from widened import widen
 
 from spectool.machine import describe
-from spectool.processors import NUM_THREADS, SPIN, WAIT_POLICY
+from spectool.processors import NUM_THREADS, SPIN, WAIT_POLICY, limit_spin
 
-WIDTHS = {"hidden": 1024, "intermediate": 2944, "heads": 32}
+SIZES = {"hidden": 2048, "intermediate": 5888, "heads": 64}
 PROMPT = "def fibonacci(n):\n"
 # libgomp's default written out: spectool does not change a value that is set.
-OWN_SPIN = {"GOMP_SPINCOUNT": "300000"}
-SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
-    "1 thread": (1, {}),
-    "2 threads, OpenMP's own spin": (2, OWN_SPIN),
-    "2 threads, bounded spin": (2, {}),
-}
+SPINS: dict[str, dict[str, str]] = {"bounded": {}, "OpenMP's own": {"GOMP_SPINCOUNT": "300000"}}
+THREADS = (1, 2)
 
 
 @contextlib.contextmanager
@@ -54,47 +51,72 @@ def busy(count: int) -> Iterator[None]:
             process.wait()
 
 
-def tokens_per_second(model: Path, threads: int, spin: dict[str, str], count: int) -> float:
-    """Generate `count` tokens in a process of its own and return its tokens per second."""
+def measure_here(model: Path, tokens: int, numbers: list[int], rounds: int) -> dict[str, Any]:
+    """Return the median tokens per second by number of busy processes and of threads."""
+    limit_spin(os.environ)
+    import torch
+
+    from spectool.decode.generate import Runner
+
+    runner = Runner(model, dtype="bfloat16")
+    speeds: dict[tuple[int, int], list[float]] = {}
+    for _ in range(rounds):
+        for number in numbers:
+            with busy(number):
+                for threads in THREADS:
+                    torch.set_num_threads(threads)
+                    spent = runner.timings.target
+                    (result,) = runner.generate([PROMPT], max_new_tokens=tokens)
+                    # The first token is the prompt's.
+                    speed = (len(result.token_ids) - 1) / (runner.timings.target - spent)
+                    speeds.setdefault((number, threads), []).append(speed)
+    return {
+        f"{number} busy processes beside": {
+            f"{threads} threads": statistics.median(speeds[number, threads]) for threads in THREADS
+        }
+        for number in numbers
+    }
+
+
+def measure(model: Path, spin: dict[str, str], given: argparse.Namespace) -> dict[str, Any]:
+    """Return what `measure_here` returns, of a process of its own."""
     controlled = (*SPIN, WAIT_POLICY, *NUM_THREADS)
     environ = {name: value for name, value in os.environ.items() if name not in controlled}
+    command = [sys.executable, __file__, "--model", str(model), "--busy", *map(str, given.busy)]
+    command += ["--rounds", str(given.rounds), "--tokens", str(given.tokens)]
     done = subprocess.run(
-        [
-            sys.executable, "-m", "spectool", "generate", str(model), "--prompt", PROMPT,
-            "--dtype", "float32", "--threads", str(threads), "--max-new-tokens", str(count),
-            "--draft", "none", "--json",
-        ],
-        capture_output=True, text=True, check=True, env={**environ, **spin},
-    )  # fmt: skip
-    return float(json.loads(done.stdout)["tokens_per_second"])
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**environ, **spin}
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-def measure(model: Path, count: int, numbers: list[int], rounds: int) -> dict[str, Any]:
-    """Return the median speed of each setting, for each number of busy processes."""
-    medians: dict[str, Any] = {}
-    for number in numbers:
-        speeds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
-        with busy(number):
-            for _ in range(rounds):
-                for setting, (threads, spin) in SETTINGS.items():
-                    speeds[setting].append(tokens_per_second(model, threads, spin, count))
-        row = {setting: statistics.median(each) for setting, each in speeds.items()}
-        medians[f"{number} busy processes beside"] = row
-        shown = ", ".join(f"{setting} {speed:.1f}" for setting, speed in row.items())
-        print(f"{model.name}, {number} busy processes: {shown} tokens/s", flush=True)
-    return medians
+def list_models(source: Path, folder: Path) -> Iterator[Path]:
+    """Yield a model, its widened copy and their packed versions, as they are made in `folder`."""
+    wide = folder / "codestory-10M widened"
+    widen(source, wide, **SIZES, dtype="bfloat16")
+    for model in (source, wide):
+        packed = folder / f"{model.name}, 4 bits"
+        command = [sys.executable, "-m", "spectool", "quantize", "rtn", str(model), str(packed)]
+        subprocess.run([*command, "--bits", "4"], check=True, capture_output=True)
+        yield model
+        yield packed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--busy", type=int, nargs="+", default=[0, 2])
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--shared", type=Path)
+    chosen.add_argument("--model", type=Path, help="measure it here, and print the medians as JSON")
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--other-work", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    model = given.shared / "models/codestory-10M"
+    if given.model:
+        print(json.dumps(measure_here(given.model, given.tokens, given.busy, given.rounds)))
+        return
     result: dict[str, Any] = {
         "benchmark": "busy",
         "machine": describe(),
@@ -105,13 +127,13 @@ def main() -> None:
         "tokens_per_second": {},
     }
     with tempfile.TemporaryDirectory() as scratch:
-        wide = Path(scratch) / "codestory-10M widened"
-        result["widened_parameters"] = widen(model, wide, **WIDTHS, dtype="float32")
-        for each in (model, wide):
-            speeds = measure(each, given.tokens, given.busy, given.rounds)
-            result["tokens_per_second"][each.name] = speeds
-            if given.out:
-                record.write(given.out, result)
+        for model in list_models(given.shared / "models/codestory-10M", Path(scratch)):
+            for name, spin in SPINS.items():
+                speeds = measure(model, spin, given)
+                result["tokens_per_second"][f"{model.name}, spin {name}"] = speeds
+                print(f"{model.name}, spin {name}: {speeds}", file=sys.stderr, flush=True)
+                if given.out:
+                    record.write(given.out, result)
     print(record.to_text(result))
 
 

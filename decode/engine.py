@@ -255,6 +255,10 @@ class Engine:
 
     def _decode(self) -> list[Event]:
         """Draft, verify and commit once for every running request."""
+        with self.target.limit_torch():
+            return self._draft_and_commit()
+
+    def _draft_and_commit(self) -> list[Event]:
         requests, needs = list(self._running), self.drafter.needs
         began = time.perf_counter()
         drafts = self._draft(requests)

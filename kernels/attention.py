@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.kernels import build
+from spectool.kernels import build, threads
 
 # Widest head, and most rows: those of trees; of the many rows of a prompt torch reads the keys less
 # often.
@@ -85,7 +85,7 @@ def attend(
         hidden=torch.finfo(mask_B1NS.dtype).min,
         type=_TYPES[q_BHND.dtype],
     )
-    _load()(ctypes.byref(given), batch, torch.get_num_threads())
+    _load()(ctypes.byref(given), batch, threads.count())
     return y_BNHD
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectool.kernels import build
+from spectool.kernels import build, threads
 
 # A matrix's stored tensors by name.
 Fields = Mapping[str, Tensor]
@@ -68,6 +68,7 @@ class Kernel(ABC):
         bias_n = None if bias is None else bias.float()
         return linear(x.float(), self.matrix(fields), bias_n).to(x.dtype)
 
+    @threads.give_torch(several=False)
     def check(self) -> None:
         """Raise a RuntimeError if a small product differs from the twin's by more than rounding."""
         generator = torch.Generator().manual_seed(0)

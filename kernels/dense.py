@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.kernels import build, cpu
+from spectool.kernels import build, cpu, threads
 from spectool.kernels.base import Fields, Kernel, Operands
 
 # `dense.c` reads rows in steps of up to 32 elements; rows of its scratch are padded to that.
@@ -66,7 +66,7 @@ class Dense(Kernel):
             num_inputs=m,
             num_outputs=n,
             is_bfloat16=int(x.dtype == torch.bfloat16),
-            threads=torch.get_num_threads(),
+            threads=threads.count(),
         )
         _load()(ctypes.byref(given))
         return y_Nn.view(*x.shape[:-1], n)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectool.kernels import build
+from spectool.kernels import build, threads
 from spectool.kernels.base import Fields, Kernel, Operands
 
 # Rows that share a table, at most.
@@ -49,7 +49,7 @@ class Lookup(Kernel):
         tensors = (x_Nm, codebook_SGKW, codes, bias_n, out_Nn, scratch)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         sizes = (len(x_Nm), n, entries, groups, vectors, width, codes.itemsize)
-        _load()(*pointers, *sizes, torch.get_num_threads())
+        _load()(*pointers, *sizes, threads.count())
         return out_Nn.to(x.dtype).view(*x.shape[:-1], n)
 
     def twin(self, x: Tensor, fields: Fields, bias: Tensor | None) -> Tensor:

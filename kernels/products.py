@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectool.kernels import build
+from spectool.kernels import build, threads
 from spectool.kernels.layout import (
     CHUNK,
     STRIP,
@@ -152,7 +152,7 @@ class PackedProduct:
             num_segments=len(self._parts),
             precision=_INT8 if self.precision == "int8" else _EXACT,
             type=_TYPES[x.dtype],
-            threads=torch.get_num_threads(),
+            threads=threads.count(),
         )
         _load()(ctypes.byref(given))
         return y_Nn.view(*x.shape[:-1], n)
@@ -384,6 +384,7 @@ def _add_integer_product(x_Nm: Tensor, segment: Segment, y_Nn: Tensor) -> None:
         y_Nn += sums_Nn
 
 
+@threads.give_torch(several=False)
 def check() -> None:
     """Compare small products with the specification.
 

@@ -9,6 +9,7 @@ decoding, and use it where kernels are in force (`kernels/registry.py`).
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from spectool import machine
 from spectool.errors import UnsupportedError
 from spectool.kernels import build, precision, products, registry
+from spectool.kernels.dense import Dense
 from spectool.kernels.products import PackedProduct, precisions
 from spectool.model.packed import PackedEmbedding, PackedLinear, make_placeholder
 
@@ -210,6 +212,23 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.C
             if product is not None or "dense" not in choices:
                 choices["dense"] = choice
     return choices
+
+
+def most_kernel_rows(model: nn.Module) -> int:
+    """Return the most rows of a pass in which kernels compute all large products; 0 for none.
+
+    Embeddings are not multiplied with: their rows are looked up.
+    """
+    rows = sys.maxsize
+    for module in model.modules():
+        if isinstance(module, KernelLinear) and module.product is not None:
+            rows = min(rows, module.product.kernel.most_rows)
+        elif isinstance(module, PackedLinear):
+            rows = rows if module.has_kernel() else 0
+        elif not isinstance(module, nn.Embedding):
+            own = module.parameters(recurse=False)
+            rows = 0 if any(each.numel() >= Dense.smallest for each in own) else rows
+    return rows
 
 
 def has_products(model: nn.Module) -> bool:

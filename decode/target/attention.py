@@ -176,6 +176,7 @@ class AttentionTarget(Target[TreeCache]):
             self.inject_states(needs.inject, extra),
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
             use_kernels(),
+            self.limit_torch(len(tokens) * num_nodes),
         ):
             output = self._call(
                 cache,

@@ -11,7 +11,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,12 +27,17 @@ from spectool.decode.request import Request
 from spectool.decode.target import rotary
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
+from spectool.kernels import threads
 from spectool.kernels.registry import use_kernels
 from spectool.model.decoder import find_decoder
-from spectool.model.kernels import attach_kernels
+from spectool.model.kernels import attach_kernels, most_kernel_rows
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 CHUNK = 512
+
+# Rows of a pass up to which torch's operations between the products take one thread: beyond, norms
+# and activation functions gain from several.
+FEW_ROWS = 64
 
 CacheT = TypeVar("CacheT", bound=BatchCache)
 
@@ -81,6 +86,7 @@ class Target(ABC, Generic[CacheT]):
     start_ids: Sequence[int] = ()
     kv = "dense"
     kv_bytes_per_token: int | None = None
+    _few_rows = 0
 
     def __init__(self, model: PreTrainedModel, context: int | None) -> None:
         config = model.config.get_text_config(decoder=True)
@@ -98,6 +104,7 @@ class Target(ABC, Generic[CacheT]):
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
         self.kernels = attach_kernels(model, self.dtype)
+        self._few_rows = min(FEW_ROWS, most_kernel_rows(model))
         self.context = rotary.choose_context(config, context)
         self.context_reason = rotary.explain_context(config)
 
@@ -175,6 +182,10 @@ class Target(ABC, Generic[CacheT]):
         """Return the checkpoint that the model was loaded from, or None."""
         path = Path(self.model.config._name_or_path or "")
         return open_checkpoint(path) if (path / "config.json").is_file() else None
+
+    def limit_torch(self, num_rows: int = 1) -> AbstractContextManager[None]:
+        """Leave torch one thread where kernels compute the large products of so many rows."""
+        return threads.give_torch(several=num_rows > self._few_rows)
 
     @property
     def num_tokens(self) -> int:

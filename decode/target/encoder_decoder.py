@@ -112,7 +112,7 @@ class EncoderDecoderTarget(AttentionTarget):
         ids = [[*source, *[0] * (width - len(source))] for source in sources]
         reads = [[1] * len(source) + [0] * (width - len(source)) for source in sources]
         reads_BS = torch.tensor(reads, device=self.device)
-        with use_kernels():
+        with use_kernels(), self.limit_torch(reads_BS.numel()):
             states_BSD = self._encoder(
                 input_ids=torch.tensor(ids, device=self.device), attention_mask=reads_BS
             )[0]

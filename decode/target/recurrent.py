@@ -168,7 +168,11 @@ class RecurrentTarget(Target[ReplayCache]):
             if self._keeps_logits:
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
-            with self.capture_features(needs) as features, use_kernels():
+            with (
+                self.capture_features(needs) as features,
+                use_kernels(),
+                self.limit_torch(len(piece)),
+            ):
                 output = self.model(input_ids=ids, use_cache=True, **options)
             logits.append(output.logits[0, -kept:])
             captured.append(features)

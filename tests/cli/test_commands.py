@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -434,3 +436,20 @@ def test_controls_that_mean_nothing_are_one_line(
 ) -> None:
     done = spectool("generate", checkpoint("llama"), "--prompt", "a", *words)
     assert done.code == 2 and message in done.err and done.out == ""
+
+
+def test_imports_are_not_searched_for_garbage() -> None:
+    script = (
+        "import gc\n"
+        "from spectool.cli.common import prepare_torch\n"
+        "before = gc.get_stats()[2]['collections']\n"
+        "prepare_torch(None)\n"
+        "assert gc.get_stats()[2]['collections'] == before\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "frozen = gc.get_freeze_count()\n"
+        # Objects of a program that imported torch itself stay where they are.
+        "prepare_torch(None)\n"
+        "assert gc.get_freeze_count() == frozen\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
