@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectool.evaluate.bench import Row, Run
+    from spectool.evaluate.certificate import Certificate
 
 
 def drafter_table(runs: Sequence[Run]) -> Any:
@@ -76,6 +77,38 @@ def comparison_table(runs: Sequence[Run]) -> Any:
             f"{best.tokens_per_second:.1f}",
             best.name,
             f"{best.tokens_per_second / plain[run.batch_size]:.2f}",
+        )
+    return _fit_width(table)
+
+
+def certificate_table(found: Certificate) -> Any:
+    """Build the table of the drafters' texts and laws."""
+    several = len(found.forward) > 1
+    table = _empty_table(
+        *["forward"] * several,
+        "drafter",
+        "batch",
+        "texts\nidentical",
+        "tokens",
+        "widest\ngap",
+        "chi-\nsquare",
+        "degrees",
+        "p",
+    )
+    laws = {(law.forward, law.drafter): law for law in found.laws}
+    for each in found.texts:
+        gaps = [parting.gap for parting in each.partings if parting.gap is not None]
+        law = laws[each.forward, each.drafter]
+        table.add_row(
+            *[each.forward] * several,
+            each.drafter + ("" if each.lossless else " (lossy)"),
+            str(each.batch_size),
+            f"{each.identical}/{each.prompts}",
+            str(each.tokens),
+            f"{max(gaps):.3g}" if gaps else "-",
+            f"{law.statistic:.1f}",
+            str(law.degrees),
+            f"{law.p_value:.3g}",
         )
     return _fit_width(table)
 

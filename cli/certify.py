@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from spectool.cli.bench_tables import certificate_table
 from spectool.cli.common import Output, open_runner, read_prompts
 from spectool.decode.options import RunnerOptions, SamplingParams, VerifyOptions
 from spectool.errors import UsageError
@@ -71,7 +72,7 @@ def certify(
         output.say(f"attached: {Path(load.model) / CERTIFICATE}")
     for line in _lines(found):
         output.show(line)
-    output.show(_table(found))
+    output.show(certificate_table(found))
     output.result(as_json(found))
     if found.broken:
         output.say(f"error: promised and not kept: {'; '.join(found.broken)}")
@@ -90,7 +91,7 @@ def _lines(found: Certificate) -> Iterator[str]:
             own = [each for each in rows if each.width == width]
             if any(each.differ for each in own):
                 yield f"passes of {width} nodes: {_count(own)}"
-    yield f"promised: {', '.join(found.promises)}"
+        yield f"promised: {', '.join(found.promises[forward])}"
 
 
 def _describe_rows(rows: Sequence[Rows]) -> str:
@@ -106,29 +107,3 @@ def _count(rows: Sequence[Rows]) -> str:
     differ, total = sum(each.differ for each in rows), sum(each.rows for each in rows)
     by = f", by up to {max(each.largest for each in rows):.3g}" if differ else ""
     return f"{differ} of {total} rows have other logits than alone{by}"
-
-
-def _table(found: Certificate) -> Any:
-    """Build the table of the drafters' texts and laws."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    columns = "forward", "drafter", "batch", "texts identical", "tokens", "widest gap"
-    for name in (*columns, "chi-square", "degrees", "p"):
-        table.add_column(name, justify="left" if name in ("forward", "drafter") else "right")
-    laws = {(law.forward, law.drafter): law for law in found.laws}
-    for each in found.texts:
-        gaps = [parting.gap for parting in each.partings if parting.gap is not None]
-        law = laws[each.forward, each.drafter]
-        table.add_row(
-            each.forward,
-            each.drafter + ("" if each.lossless else " (lossy)"),
-            str(each.batch_size),
-            f"{each.identical}/{each.prompts}",
-            str(each.tokens),
-            f"{max(gaps):.3g}" if gaps else "-",
-            f"{law.statistic:.1f}",
-            str(law.degrees),
-            f"{law.p_value:.3g}",
-        )
-    return table

@@ -166,13 +166,17 @@ def _certificate_line(path: Path, found: dict[str, Any]) -> str:
     try:
         kept = "kept" if not found["broken"] else f"not kept ({'; '.join(found['broken'])})"
         widths, batches = found["widths"], found["batch_sizes"]
+        promises = "; ".join(
+            f"{', '.join(kinds)} with layers by {forward}"
+            for forward, kinds in found["promises"].items()
+        )
         return (
-            f"certificate: {', '.join(found['promises'])} of {', '.join(found['drafters'])} "
-            f"promised to be plain decoding's, and {kept}: {found['dtype']}, {found['runtime']}, "
-            f"layers by {' and '.join(found['forward'])}, passes of up to {max(widths)} nodes and "
+            f"certificate: {promises} of {', '.join(found['drafters'])} promised to be plain "
+            f"decoding's, and {kept}: {found['dtype']}, {found['runtime']}, "
+            f"passes of up to {max(widths)} nodes and "
             f"{max(batches)} texts, {found['tokens']} tokens of {found['prompts']} prompts compared"
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / CERTIFICATE} is not a certificate") from error
 
 

@@ -7,7 +7,7 @@ same kind of machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ from spectool.model.loading import describe_runtime
 from spectool.report import SILENT, Reporter
 
 FORMAT_VERSION = 1
+# What may be promised, the strongest first: who promises one promises those after it.
+KINDS = ("rows", "texts", "laws")
 WIDTHS, BATCHES = (1, 2, 4, 8, 16, 32, 64), tuple(range(1, 9))
 # Last tokens of a prompt that rows are compared behind.
 ROW_PROMPT = 256
@@ -61,8 +63,8 @@ class Certificate:
     `model`: the checkpoint's fingerprint. `left_out`: drafters that this model does not take, with
     the reason. `engine`: versions, kernels, processor, threads. `tokens`: those compared in whole
     texts. `identical`: all bits, all texts and all laws were plain decoding's, promised or not.
-    `promises`: what was promised, since not every arithmetic keeps the bits of a row. `broken`:
-    promises that do not hold.
+    `promises`: what was promised, by forward, since not every arithmetic keeps the bits of a row.
+    `broken`: promises that do not hold.
     """
 
     format_version: int
@@ -79,7 +81,7 @@ class Certificate:
     batch_sizes: list[int]
     prompts: int
     tokens: int
-    promises: list[str]
+    promises: dict[str, list[str]]
     identical: bool
     broken: list[str]
     rows: list[Rows]
@@ -117,7 +119,9 @@ def certify(
         )
     given = [list(prompt[-room:]) for prompt in prompts]
     rows, texts, laws = list[Rows](), list[Texts](), list[Law]()
+    promises: dict[str, list[str]] = {}
     for forward in FORWARDS:
+        promises[forward] = _list_promises(target)
         shapes = compare_rows(
             target,
             [prompt[-ROW_PROMPT:] for prompt in given],
@@ -150,12 +154,6 @@ def certify(
         total = len(drafts) * len(options.batch_sizes) + sum(n > 1 for n in options.batch_sizes)
         texts += _follow(compared, total, f"{forward}: whole texts", reporter)
         laws += _follow(sampled, len(drafts) + 1, f"{forward}: sampled texts", reporter)
-    exact = target.dtype == torch.float32 and precision_of(target.model) == "exact"
-    promises = ["laws"]
-    if exact or promises_rows(target):
-        promises.insert(0, "texts")
-    if promises_rows(target):
-        promises.insert(0, "rows")
     return Certificate(
         format_version=FORMAT_VERSION,
         model=checkpoint.fingerprint(),
@@ -177,7 +175,7 @@ def certify(
         prompts=len(given),
         tokens=sum(each.tokens for each in texts),
         promises=promises,
-        identical=not _find_broken(["rows", "texts", "laws"], rows, texts, laws),
+        identical=not _find_broken(dict.fromkeys(FORWARDS, KINDS), rows, texts, laws),
         broken=_find_broken(promises, rows, texts, laws),
         rows=rows,
         texts=texts,
@@ -185,24 +183,44 @@ def certify(
     )
 
 
+def _list_promises(target: Target[Any]) -> list[str]:
+    """Return what passes, texts and sampled texts of this target promise to be."""
+    exact = target.dtype == torch.float32 and precision_of(target.model) == "exact"
+    if promises_rows(target):
+        return list(KINDS)
+    return list(KINDS[1:] if exact else KINDS[2:])
+
+
 def _find_broken(
-    promises: Sequence[str], rows: Sequence[Rows], texts: Sequence[Texts], laws: Sequence[Law]
+    promises: Mapping[str, Sequence[str]],
+    rows: Sequence[Rows],
+    texts: Sequence[Texts],
+    laws: Sequence[Law],
 ) -> list[str]:
-    """List what is not plain decoding's, of what was promised."""
+    """List what is not plain decoding's, of what was promised by forward."""
     broken = []
-    differ = sum(each.differ for each in rows)
-    if "rows" in promises and differ:
-        total, largest = sum(each.rows for each in rows), max(each.largest for each in rows)
-        broken.append(f"{differ} of {total} rows have other logits than alone, by up to {largest}")
-    for each in texts if "texts" in promises else ():
-        if each.lossless and each.identical < each.prompts:
+    for forward, promised in promises.items():
+        own = [each for each in rows if each.forward == forward]
+        differ = sum(each.differ for each in own)
+        if "rows" in promised and differ:
+            total, largest = sum(each.rows for each in own), max(each.largest for each in own)
             broken.append(
-                f"{each.drafter}: {each.prompts - each.identical} of {each.prompts} texts at batch "
-                f"size {each.batch_size} are not plain decoding's"
+                f"{forward}: {differ} of {total} rows have other logits than alone, by up to "
+                f"{largest}"
             )
-    for law in laws if "laws" in promises else ():
-        if law.lossless and law.p_value < LEVEL / len(laws):
-            broken.append(f"{law.drafter}: sampled texts have another law (p = {law.p_value:.1e})")
+    for each in texts:
+        if "texts" in promises[each.forward] and each.lossless and each.identical < each.prompts:
+            broken.append(
+                f"{each.forward}, {each.drafter}: {each.prompts - each.identical} of "
+                f"{each.prompts} texts at batch size {each.batch_size} are not plain decoding's"
+            )
+    for law in laws:
+        another = law.p_value < LEVEL / len(laws)
+        if "laws" in promises[law.forward] and law.lossless and another:
+            broken.append(
+                f"{law.forward}, {law.drafter}: sampled texts have another law "
+                f"(p = {law.p_value:.1e})"
+            )
     return broken
 
 
