@@ -144,3 +144,37 @@ INLINE floats look_up_16(const float *table, ints lanes) {
 INLINE floats look_up_32(const float *table, ints lanes) {
     return (floats){choose_32(table, lanes.low), choose_32(table, lanes.high)};
 }
+
+INLINE __m256 load_8_bfloats(const uint16_t *p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE floats load_bfloats(const uint16_t *p) {
+    return (floats){load_8_bfloats(p), load_8_bfloats(p + 8)};
+}
+
+/* Of four vectors a, b, c, d, the sums of the lanes of each half: (0 + 2) + (1 + 3). */
+INLINE __m256 add_quads(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256d ab = _mm256_castps_pd(
+        _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+    const __m256d cd = _mm256_castps_pd(
+        _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+}
+/* Of eight vectors, the sums of both halves. */
+INLINE __m256 add_halves(__m256 first, __m256 second) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20),
+                         _mm256_permute2f128_ps(first, second, 0x31));
+}
+INLINE __m256 add_8_lanes(const floats v[8]) {
+    const __m256 low = add_halves(add_quads(v[0].low, v[1].low, v[2].low, v[3].low),
+                                  add_quads(v[4].low, v[5].low, v[6].low, v[7].low));
+    const __m256 high = add_halves(add_quads(v[0].high, v[1].high, v[2].high, v[3].high),
+                                   add_quads(v[4].high, v[5].high, v[6].high, v[7].high));
+    return _mm256_add_ps(low, high);
+}
+#define HAS_ADD_LANES 1
+INLINE floats add_lanes(const floats v[LANES]) {
+    return (floats){add_8_lanes(v), add_8_lanes(v + 8)};
+}
