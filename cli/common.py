@@ -258,6 +258,7 @@ def open_runner(
     `seq2seq`: the model may be an encoder-decoder.
     """
     prepare_torch(options.threads)
+    from spectool import machine
     from spectool.decode.generate import Runner
     from spectool.decode.target.open import open_strategy, open_target
     from spectool.model import loading
@@ -290,6 +291,7 @@ def open_runner(
         tokenizer=tokenizer,
         allow_other_target=options.allow_other_target,
         tune=tune,
+        choose_threads=tune and machine.may_choose_threads(options.threads),
         checksums=options.checksums,
     )
     for format, choice in runner.target.kernels.items():
@@ -299,7 +301,7 @@ def open_runner(
     for note in runner.target.notes:
         output.say(note)
     if runner.is_tuned:
-        output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.curve}")
+        output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.costs}")
     return runner, tokenizer
 
 
@@ -309,6 +311,13 @@ def describe_kv(runner: Runner) -> str:
     if target.kv == "dense":
         return ""
     return f"kv {target.kv}: {target.kv_bytes_per_token} bytes per token"
+
+
+def describe_threads(runner: Runner) -> str:
+    """Return that one thread was chosen, or nothing where torch's number was."""
+    if not (runner.choose_threads and runner.costs.chooses and runner.costs.threads == 1):
+        return ""
+    return "one thread was faster than many"
 
 
 def target_record(runner: Runner) -> dict[str, Any]:

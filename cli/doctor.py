@@ -86,7 +86,7 @@ def doctor(output: Output, options: DoctorOptions) -> None:
     if shown:
         output.show("measured cost curves, for --draft auto and :tune:")
     for model in shown:
-        output.show(f"  {model}: {curve.Curve(curves[model])}")
+        output.show(f"  {model}: {curve.Curve(curves[model], 'measured')}")
     if len(shown) < len(curves):
         output.show(f"  {len(curves) - len(shown)} older: --all shows them")
     output.result(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spectool.cli.common import (
     Output,
     describe_kv,
+    describe_threads,
     open_runner,
     read_prompts,
     record,
@@ -105,8 +106,8 @@ def generate(
         f"{found['tokens_per_forward']:.2f} tokens per forward, drafter {runner.drafter_name}"
         f"{'' if lossless else ', lossy'}"
     )
-    if kept := describe_kv(runner):
-        output.say(kept)
+    for note in filter(None, (describe_kv(runner), describe_threads(runner))):
+        output.say(note)
     turns = turn_totals(results)
     if turns:
         output.say(

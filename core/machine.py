@@ -114,10 +114,15 @@ def set_threads(requested: int | None) -> None:
 
     if requested is not None:
         torch.set_num_threads(requested)
-    elif not any(os.environ.get(name) for name in processors.NUM_THREADS):
+    elif may_choose_threads(requested):
         limit = processors.allowed().threads
         if limit < torch.get_num_threads():
             torch.set_num_threads(limit)
+
+
+def may_choose_threads(requested: int | None) -> bool:
+    """Return whether neither the user nor the environment chose the number of threads."""
+    return requested is None and not any(os.environ.get(name) for name in processors.NUM_THREADS)
 
 
 def _threads_reason(threads: int, allowed: processors.Allowed) -> str:

@@ -50,7 +50,8 @@ class PlaceOptions(CheckpointOptions):
     device: str = option("auto", "Device: cpu, cuda, cuda:N, or auto (cuda if available)")
     threads: int | None = option(
         None,
-        "CPU threads; default: as many as the system runs at the same time",
+        "CPU threads; default: as many as the system runs at the same time; generate and chat take "
+        "one where that is faster",
         minimum=1,
         maximum=1024,
     )

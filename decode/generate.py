@@ -21,7 +21,7 @@ from spectool.decode.engine import Engine, Timings
 from spectool.decode.options import DecodingOptions, RequestOptions, SamplingOptions, SamplingParams
 from spectool.decode.policy.base import Policy
 from spectool.decode.policy.chain import Chains
-from spectool.decode.policy.curve import Curve, load_or_measure
+from spectool.decode.policy.costs import Costs, Paced
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.prompts import encode_checked, list_end_ids
 from spectool.decode.protocol import Drafter
@@ -46,9 +46,10 @@ class Runner:
     replaces it. `dtype` and `device` are for models given as a path. `kv` names the store of keys
     and values (`decode/kv/`): `dense`, `int8`, `int8:group=64`. `allow_other_target` accepts draft
     heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
-    (`decode/policy/tuned.py`) also where a specification does not ask for it. `checksums`: compare
-    artifacts and heads with their checksums when they are loaded. `timings` sums the seconds of
-    all calls.
+    (`decode/policy/tuned.py`) also where a specification does not ask for it. `choose_threads`:
+    steps may use one thread in place of torch's number, where that is faster
+    (`decode/policy/costs.py`). `checksums`: compare artifacts and heads with their checksums when
+    they are loaded. `timings` sums the seconds of all calls.
 
     Raises:
         InputError: a checkpoint that cannot be read or decoded, a specification that is wrong.
@@ -66,6 +67,7 @@ class Runner:
         kv: str = "dense",
         allow_other_target: bool = False,
         tune: bool = False,
+        choose_threads: bool = False,
         checksums: bool = True,
     ) -> None:
         if isinstance(model, (PreTrainedModel, Target)):
@@ -86,6 +88,7 @@ class Runner:
         self.allow_other_target = allow_other_target
         self.checksums = checksums
         self.tune = tune
+        self.choose_threads = choose_threads
         self.drafter: Drafter
         self.use(draft)
         self.timings = Timings()
@@ -112,7 +115,7 @@ class Runner:
     def open(self, draft: str | None) -> Drafter:
         """Open the drafter of a specification, for `use`.
 
-        Loads draft heads or a draft model; runs no forward except to measure `curve`.
+        Loads draft heads or a draft model; runs no forward.
 
         Raises:
             InputError: the specification is wrong, or its checkpoint does not fit this model.
@@ -152,7 +155,9 @@ class Runner:
         if not target.takes_drafts and drafter.name != "none" and note not in target.notes:
             target.notes.append(note)
         if tune and target.takes_drafts:
-            policies.append(Tuned(target, self.curve, cuts=drafter.can_be_cut))
+            policies.append(Tuned(self.costs, cuts=drafter.can_be_cut))
+        elif self.choose_threads and not target.why_lossy and self.costs.chooses:
+            policies.append(Paced(self.costs))
         return policies
 
     @property
@@ -161,9 +166,9 @@ class Runner:
         return any(policy.tunes for policy in self.drafter.policies)
 
     @functools.cached_property
-    def curve(self) -> Curve:
-        """Return the cost curve of passes; the first access may measure it, in up to a second."""
-        return load_or_measure(self.target)
+    def costs(self) -> Costs:
+        """Return what steps cost, as far as it is known."""
+        return Costs(self.target, choose_threads=self.choose_threads)
 
     def close(self) -> None:
         """Write the drafter's statistics to disk, where the specification asks for it."""

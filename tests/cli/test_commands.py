@@ -321,8 +321,9 @@ def test_doctor_shows_the_newest_curves(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "spectool").mkdir()
-    curves = {f"model {number}": {"1": 0.001, "2": 0.002} for number in range(8)}
-    (tmp_path / "spectool/curves.json").write_text(json.dumps(curves))
+    curves = {f"model {number}": {"1": {"1": 0.001, "2": 0.002}} for number in range(8)}
+    text = json.dumps({"format": 2, "curves": curves})
+    (tmp_path / "spectool/curves.json").write_text(text)
     newest = spectool("doctor").out
     assert [number for number in range(8) if f"model {number}: " in newest] == [3, 4, 5, 6, 7]
     assert "3 older: --all shows them" in newest

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from spectool.decode import engine
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
-from spectool.decode.policy import curve
+from spectool.decode.policy import costs
 from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -158,12 +158,11 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Replace the time that tuning and the measuring of passes read."""
+    """Replace the time that tuning and the engine read."""
     made = Clock()
-    for module in (curve, tuned_module):
+    monkeypatch.setattr(costs, "Waiting", lambda: made)
+    for module in (tuned_module, engine):
         monkeypatch.setattr(module, "time", made)
-        monkeypatch.setattr(module, "Waiting", lambda: made)
-    monkeypatch.setattr(engine, "time", made)
     return made
 
 
