@@ -95,9 +95,10 @@ def test_threads_change_when_the_machine_becomes_busy_and_idle_again() -> None:
     idle, busy = {1: 0.03, 2: 0.02}, {1: 0.06, 2: 0.5}
     assert decode(costs, idle, 100) == [2] * 100
     used = decode(costs, busy, 200)
-    assert used[-150:] == [1] * 150
+    # Apart from a trial or two.
+    assert used[-150:].count(1) > 145
     used = decode(costs, idle, 1000)
-    assert used[-500:] == [2] * 500
+    assert used[-500:].count(2) > 490
 
 
 def test_a_drift_of_all_speeds_is_measured_again_and_bounded() -> None:
@@ -110,11 +111,11 @@ def test_a_drift_of_all_speeds_is_measured_again_and_bounded() -> None:
     decode(costs, {1: 0.03, 2: 0.02}, 100)
     assert doubts == []
     used = decode(costs, {1: 0.3, 2: 0.2}, 100)
-    assert len(doubts) == 1
-    assert 1 <= used.count(1) <= 5
+    assert 1 <= len(doubts) <= 2
+    assert 1 <= used.count(1) <= 10
     for power in range(20):
         decode(costs, {1: 3.0 * 2**power, 2: 2.0 * 2**power}, 64)
-    assert 10 < len(doubts) <= 22
+    assert 10 < len(doubts) <= 23
 
 
 def test_a_step_that_is_slow_by_accident_changes_nothing() -> None:

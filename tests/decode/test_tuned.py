@@ -454,7 +454,8 @@ def test_drafting_never_loses_in_company(
     """At most 3 % of 128 tokens, at any batch size, with nothing known of costs at first."""
     for batch in (1, 2, 3, 4, 5, 8, 11, 16):
         inner = Fixed(chain_of, clock, seconds=0.001, can_be_cut=can_be_cut)
-        tuned = Tuned(costs_of(Curve(experts=Experts(16, 2, 0.8))), cuts=can_be_cut)
+        experts = Experts(count=16, chosen=2, share=0.8) if kind == "experts" else None
+        tuned = Tuned(costs_of(Curve(experts=experts)), cuts=can_be_cut)
         plain = decode_together(clock, batch, kind, share, None, inner, 128)
         drafted = decode_together(clock, batch, kind, share, tuned, inner, 128)
         assert plain / drafted >= 0.97
@@ -482,7 +483,7 @@ def test_where_the_curve_says_so_decoding_is_plain(clock: Any) -> None:
     steep = {size: float(size) for size in SIZES}
     curve = Curve({1: {1: 1.0, 64: 1.1}, 8: steep})
     tune(inner, curve, credit=99)
-    assert {len(propose(inner, [99])[0]) for _ in range(3)} == {9}
+    assert min(len(propose(inner, [99])[0]) for _ in range(3)) > 4
     assert {len(propose(inner, [99] * 8)[0]) for _ in range(20)} == {1}
 
 
