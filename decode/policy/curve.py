@@ -50,8 +50,8 @@ class Experts:
 
         A row leaves out an expert with probability 1 - chosen / count, whatever the others choose.
         """
-        touched = self.count * (1 - (1 - self.chosen / self.count) ** rows)
-        return 1 - self.share + self.share * touched / self.chosen
+        left_out: float = (1 - self.chosen / self.count) ** rows
+        return 1 - self.share + self.share * self.count / self.chosen * (1 - left_out)
 
 
 class _Batch:
