@@ -170,16 +170,19 @@ class Curve:
         if size == nodes:
             expected = own
         change = min(max(seconds / expected, 1 / _CLIP), _CLIP) - 1
+        # The first step of a size tells about the shape of the curve, not about the machine.
+        drift = _DRIFT if visits else 0.0
         for each in self._batches.values():
             for other in each.points:
-                each.points[other] *= 1 + _DRIFT * change
-        self._level *= 1 + _DRIFT * change
+                each.points[other] *= 1 + drift * change
+        self._level *= 1 + drift * change
         known.visits[size] = visits + 1
-        weight = _DRIFT + max(_SHAPE, (1 - _DRIFT) / (1 + visits))
-        if visits < 2 and seconds < expected:
-            # The first step of a size includes one-off allocations.
-            weight, change = 1.0, seconds / expected - 1
-        known.points[size] = own * (1 + weight * change)
+        if visits == 0 or (visits == 1 and seconds < expected):
+            # The first step of a size may include one-off allocations, the second corrects it.
+            known.points[size] = own * seconds / expected
+        else:
+            weight = drift + max(_SHAPE, (1 - drift) / (1 + visits))
+            known.points[size] = own * (1 + weight * change)
         for each in self._batches.values():
             each.update()
         is_off = not 1 / _BAND <= self._level <= _BAND
