@@ -12,22 +12,13 @@
  */
 #include <stdlib.h>
 
+#include "attention.h"
+#include "exponential.h"
 #include "pool.h"
 #include "vectors.h"
 
 /* A loop that is unrolled, so that the sums of a tile stay in registers. */
 #define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
-enum type { FLOAT, BFLOAT16 };
-
-struct attention {
-    const void *q, *k, *v;               /* [B, H, N, D], [B, G, S, D] and the same, of `type` */
-    const float *mask;                   /* [B, N, S], added to the scores */
-    void *y;                             /* [B, N, H, D] of `type` */
-    ptrdiff_t q_strides[3], k_strides[3], v_strides[3]; /* elements; the last axis is dense */
-    ptrdiff_t heads, key_heads, num_rows, num_keys, width;
-    float scaling, hidden;               /* a mask of at most `hidden` hides a key */
-    int32_t type;
-};
 
 /* Queries that a task takes together, and keys of a block. */
 #define QUERIES 24
@@ -147,31 +138,6 @@ INLINE void score_keys(const int queries, const struct task *t, ptrdiff_t q, con
         EACH (c, queries) partial[c][i] = found[c][0];
     }
     EACH (c, queries) store_floats(scores + c * t->lanes, add_lanes(partial[c]));
-}
-
-/* e^x for x of at most 0, within 2 units of the last place; 0 below -87. Without conditions on
- * floats, so that compilers make vectors of it. */
-INLINE float exponential(float x) {
-    uint32_t bits, power;
-    memcpy(&bits, &x, sizeof bits);
-    /* From the next number below -87 to minus infinity. */
-    const uint32_t kept = (uint32_t)(bits - 0xc2ae0001u <= 0xff800000u - 0xc2ae0001u) - 1;
-    bits &= kept;
-    memcpy(&x, &bits, sizeof x);
-    /* To the nearest integer. */
-    const float n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
-    const float r = __builtin_fmaf(n, -1.42860677e-6f, __builtin_fmaf(n, -0.693145752f, x));
-    float p = 1.98756915e-4f;
-    p = __builtin_fmaf(p, r, 1.39819995e-3f);
-    p = __builtin_fmaf(p, r, 8.33345190e-3f);
-    p = __builtin_fmaf(p, r, 4.16657962e-2f);
-    p = __builtin_fmaf(p, r, 1.66666657e-1f);
-    p = __builtin_fmaf(p, r, 0.5f);
-    p = __builtin_fmaf(p * r, r, r) + 1;
-    power = (uint32_t)((int32_t)n + 127) << 23 & kept;
-    float scale;
-    memcpy(&scale, &power, sizeof scale);
-    return p * scale;
 }
 
 /* Turn the scores of a query into weights from key `first` on, a multiple of LANES: exponentials,

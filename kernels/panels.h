@@ -8,6 +8,8 @@
 #ifndef SPECTOOL_PANELS_H
 #define SPECTOOL_PANELS_H
 
+#include "product.h"
+#include "types.h"
 #include "vectors.h"
 
 #define SLICES 8
@@ -44,8 +46,6 @@ enum kind {
     LEVELS_2,
     LEVELS_4
 };
-enum type { FLOAT, BFLOAT16, HALF };
-
 struct block {
     int32_t chunks, group;
 };
@@ -65,17 +65,6 @@ struct segment {
     int32_t center;   /* int8: subtracted from every unsigned value, if there is no zero */
     int32_t is_whole; /* whether there is a zero, of integers that codes can have */
     int32_t is_grid;  /* whether values are codes less an integer */
-};
-
-struct product {
-    const struct segment *segments;
-    const void *x;        /* [N, m] of `type` */
-    const int32_t *order; /* [strips, 4, 16]: the outputs, -1 for padding; null: in order */
-    const float *bias;    /* [n] or null */
-    void *y;              /* [N, n] of `type` */
-    char *scratch;        /* N times `row_bytes` */
-    ptrdiff_t num_rows, num_inputs, num_outputs, num_tiles, row_bytes;
-    int32_t num_segments, precision, type, threads;
 };
 
 INLINE float read(const void *x, ptrdiff_t at, int type) {

@@ -119,15 +119,38 @@ static void multiply_strip(void *context, ptrdiff_t strip) {
             store_tile(p, strip * STRIP + v, row, sums + (row * STRIP + v) * LANES);
 }
 
-/* Compute y = x W^T + bias. */
-void spectool_product(const struct product *given) {
-    const ptrdiff_t unit = given->type == FLOAT ? 4 : 2;
-    for (ptrdiff_t row = 0; row < given->num_rows; row += MOST_ROWS) {
-        struct product p = *given;
-        p.x = (const char *)given->x + row * p.num_inputs * unit;
-        p.y = (char *)given->y + row * p.num_outputs * unit;
-        p.num_rows = given->num_rows - row < MOST_ROWS ? given->num_rows - row : MOST_ROWS;
-        pool_run(pack_panel, &p, num_panels(&p), p.num_rows < 16 ? 1 : p.threads);
-        pool_run(multiply_strip, &p, (p.num_tiles + STRIP - 1) / STRIP, p.threads);
+/* Several products with panels of the same activations. */
+struct joined {
+    const struct product *products;
+    int count;
+};
+
+INLINE ptrdiff_t num_strips(const struct product *p) { return (p->num_tiles + STRIP - 1) / STRIP; }
+
+/* Compute a strip, counted over all of the products. */
+static void multiply_joined(void *context, ptrdiff_t strip) {
+    const struct joined *of = context;
+    const struct product *p = of->products;
+    for (; strip >= num_strips(p); p++) strip -= num_strips(p);
+    multiply_strip((void *)p, strip);
+}
+
+void spectool_products(const struct product *given, int count) {
+    const ptrdiff_t unit = given->type == FLOAT ? 4 : 2, num_rows = given->num_rows;
+    struct product products[MOST_JOINED];
+    for (ptrdiff_t row = 0; row < num_rows; row += MOST_ROWS) {
+        struct joined of = {products, count};
+        ptrdiff_t strips = 0;
+        for (int i = 0; i < count; i++) {
+            struct product *p = products + i;
+            *p = given[i];
+            p->x = (const char *)given[i].x + row * p->num_inputs * unit;
+            p->y = (char *)given[i].y + row * p->num_outputs * unit;
+            p->num_rows = num_rows - row < MOST_ROWS ? num_rows - row : MOST_ROWS;
+            strips += num_strips(p);
+        }
+        const int threads = products->threads;
+        pool_run(pack_panel, products, num_panels(products), products->num_rows < 16 ? 1 : threads);
+        pool_run(multiply_joined, &of, strips, threads);
     }
 }

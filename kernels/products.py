@@ -45,7 +45,7 @@ _LEVEL_CENTER = 128
 _TABLE, _CENTERED, _PLAIN, _OUTLIERS, _COLUMN = range(5)
 _FLOAT, _BFLOAT16, _HALF = range(3)
 _EXACT, _INT8 = range(2)
-_TYPES = {torch.float32: _FLOAT, torch.bfloat16: _BFLOAT16}
+TYPES = {torch.float32: _FLOAT, torch.bfloat16: _BFLOAT16}
 
 
 class _Segment(ctypes.Structure):
@@ -58,7 +58,9 @@ class _Segment(ctypes.Structure):
     ]
 
 
-class _Product(ctypes.Structure):
+class PackedMatrix(ctypes.Structure):
+    """`struct product` of product.h."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("segments", "x", "order", "bias", "y", "scratch")),
         *((name, ctypes.c_ssize_t) for name in ("num_rows", "num_inputs", "num_outputs")),
@@ -102,7 +104,7 @@ class PackedProduct:
         self._num_tiles = -(-num_places // TILE)
         self._parts = [_lay_out(segment, self._order_P, precision) for segment in segments]
         unit, end = (1, 8) if precision == "int8" else (4, 4)
-        self._row_bytes = sum(
+        self.row_bytes = sum(
             part.numbers["chunks"] * CHUNK * unit + part.numbers["num_blocks"] * end
             for part in self._parts
         )
@@ -131,31 +133,37 @@ class PackedProduct:
         Inference only; the result is in x's dtype.
         """
         n, m = self.shape
-        assert x.shape[-1] == m and x.dtype in _TYPES and x.device.type == "cpu"
+        assert x.shape[-1] == m and x.dtype in TYPES and x.device.type == "cpu"
         assert bias is None or (bias.shape == (n,) and bias.device.type == "cpu")
         x_Nm = x.reshape(-1, m).contiguous()
         y_Nn = torch.empty(len(x_Nm), n, dtype=x.dtype)
-        scratch = torch.empty(min(len(x_Nm), MOST_ROWS) * self._row_bytes, dtype=torch.uint8)
+        scratch = torch.empty(min(len(x_Nm), MOST_ROWS) * self.row_bytes, dtype=torch.uint8)
         bias_n = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        given = _Product(
+        given = self.describe(bias_n)
+        given.x, given.y, given.scratch = x_Nm.data_ptr(), y_Nn.data_ptr(), scratch.data_ptr()
+        given.num_rows, given.type = len(x_Nm), TYPES[x.dtype]
+        given.threads = threads.count()
+        _load()(ctypes.byref(given), 1)
+        return y_Nn.view(*x.shape[:-1], n)
+
+    def describe(self, bias_n: Tensor | None) -> PackedMatrix:
+        """Return what C reads of the product with a bias in float32; the caller keeps that."""
+        return PackedMatrix(
             segments=ctypes.addressof(self._segments),
-            x=x_Nm.data_ptr(),
             order=None if self._order_P is None else self._order_P.data_ptr(),
             bias=None if bias_n is None else bias_n.data_ptr(),
-            y=y_Nn.data_ptr(),
-            scratch=scratch.data_ptr(),
-            num_rows=len(x_Nm),
-            num_inputs=m,
-            num_outputs=n,
+            num_inputs=self.shape[1],
+            num_outputs=self.shape[0],
             num_tiles=self._num_tiles,
-            row_bytes=self._row_bytes,
+            row_bytes=self.row_bytes,
             num_segments=len(self._parts),
             precision=_INT8 if self.precision == "int8" else _EXACT,
-            type=_TYPES[x.dtype],
-            threads=threads.count(),
         )
-        _load()(ctypes.byref(given))
-        return y_Nn.view(*x.shape[:-1], n)
+
+    def reads_like(self, other: PackedProduct) -> bool:
+        """Whether both products lay the same activations out alike in C."""
+        alike = self.precision == other.precision and len(self._parts) == len(other._parts)
+        return alike and all(map(_reads_like, self._parts, other._parts))
 
     def rows(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Unpack some outputs, a slice or their numbers, in float32 [N, m]."""
@@ -163,6 +171,22 @@ class PackedProduct:
         rows_N = torch.arange(n)[rows] if isinstance(rows, slice) else rows
         place_N = rows_N if self._place_n is None else self._place_n[rows_N]
         return assemble([_unpack(part, place_N) for part in self._parts], (len(rows_N), m))
+
+
+def _reads_like(part: _Part, other: _Part) -> bool:
+    numbers = ("num_blocks", "chunks", "bits", "is_grid")
+    if any(part.numbers[name] != other.numbers[name] for name in numbers):
+        return False
+    if ("offset" in part.tensors) != ("offset" in other.tensors):
+        return False
+    pairs = [
+        [each.tensors.get(name) for each in (part, other)]
+        for name in ("blocks", "columns", "column_scale")
+    ]
+    return all(
+        first is second or (first is not None and second is not None and torch.equal(first, second))
+        for first, second in pairs
+    )
 
 
 def precisions(segments: Sequence[Segment]) -> tuple[Precision, ...]:
@@ -437,6 +461,6 @@ def _load() -> Any:
     """Load the product of the library."""
     library = build.load_library()
     assert not isinstance(library, str), "the registry chooses kernels that can be had"
-    run = library.functions.spectool_product
-    run.argtypes, run.restype = [ctypes.c_void_p], None
+    run = library.functions.spectool_products
+    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_int], None
     return run

@@ -76,6 +76,11 @@ def use_kernels() -> Iterator[None]:
         _force.on = before
 
 
+def in_force() -> bool:
+    """Whether kernels are in force in this thread."""
+    return _force.on
+
+
 class Product:
     """The product with one matrix, prepared for its kernel."""
 
@@ -92,10 +97,10 @@ class Product:
 
         It computes no gradients.
         """
-        in_force = self.kernel.everywhere or _force.on
+        may_run = self.kernel.everywhere or in_force()
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         fits = x.dtype is self._dtype and x.numel() <= self._most_values
-        return in_force and fits and not wants_gradient
+        return may_run and fits and not wants_gradient
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x [..., m] times the matrix transposed, plus bias [n]."""

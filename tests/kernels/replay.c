@@ -9,7 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-void spectool_product(const struct product *given);
+void spectool_products(const struct product *given, int count);
 
 static int64_t read_number(void) {
     int64_t number;
@@ -52,7 +52,7 @@ int main(void) {
         const size_t size = (size_t)(p.num_rows * p.num_outputs) * (p.type == FLOAT ? 4 : 2);
         p.y = malloc(size);
         p.scratch = malloc((size_t)(p.num_rows * p.row_bytes));
-        spectool_product(&p);
+        spectool_products(&p, 1);
         if (fwrite(p.y, size, 1, stdout) != 1) return 1;
     }
 }

@@ -68,8 +68,8 @@ def compute(variant: variants.Variant) -> list[Tensor]:
     """Compute all cases with a variant that this processor runs."""
     library = build.load_variant(variant)
     assert isinstance(library, build.Library)
-    run = library.functions["spectool_product"]
-    run.argtypes, run.restype = [ctypes.c_void_p], None
+    run = library.functions["spectool_products"]
+    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_int], None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_load", lambda: run)
         return [product(x_Nm, bias_n) for product, x_Nm, bias_n in cases()]
@@ -82,8 +82,8 @@ def as_bytes(tensor: Tensor | None) -> bytes:
 def record(product: PackedProduct, x_Nm: Tensor, bias_n: Tensor | None) -> Iterator[bytes]:
     """Yield a product as replay.c reads it."""
     numbers = [len(product._parts), len(x_Nm), product.shape[1], product.shape[0]]
-    numbers += [product._num_tiles, product._row_bytes, int(product.precision == "int8")]
-    yield struct.pack("<9q", *numbers, products._TYPES[x_Nm.dtype], 2)
+    numbers += [product._num_tiles, product.row_bytes, int(product.precision == "int8")]
+    yield struct.pack("<9q", *numbers, products.TYPES[x_Nm.dtype], 2)
     tensors = [x_Nm, product._order_P, bias_n]
     for part in product._parts:
         yield from (struct.pack("<q", len(raw)) + raw for raw in map(as_bytes, tensors))
