@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from spectool.decode.generate import Runner
     from spectool.decode.options import RunnerOptions, StrategyOptions
     from spectool.decode.result import Result
+    from spectool.decode.target.base import Target
     from spectool.options import Config
     from spectool.shared_options import TextOptions
 
@@ -274,7 +275,7 @@ def open_runner(
         reporter=output,
     )
     tokenizer = loading.load_tokenizer(checkpoint)
-    target = open_target(opened, context=options.context, kv=options.kv)
+    target = open_target(opened, context=options.context, kv=options.kv, forward=options.forward)
     if strategy is not None and strategy.strategy is not None and strategy.small is not None:
         target = open_strategy(
             strategy.strategy,
@@ -296,6 +297,7 @@ def open_runner(
     )
     for format, choice in runner.target.kernels.items():
         output.say(f"few rows times {format} matrices: {choice}")
+    output.say(describe_forward(runner.target))
     if options.kv != "dense":
         output.say(f"kv {options.kv}")
     for note in runner.target.notes:
@@ -303,6 +305,14 @@ def open_runner(
     if runner.is_tuned:
         output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.costs}")
     return runner, tokenizer
+
+
+def describe_forward(target: Target[Any]) -> str:
+    """Return how many decoder layers run fused, and why the others do not."""
+    if not target.num_fused and not target.unfused:
+        return "layers run by their modules"
+    kept = [f"{count} by modules ({reason})" for reason, count in target.unfused.items()]
+    return ", ".join([f"{target.num_fused} of {target.num_layers} layers fused", *kept])
 
 
 def describe_kv(runner: Runner) -> str:
@@ -327,6 +337,7 @@ def target_record(runner: Runner) -> dict[str, Any]:
     target = runner.target
     return {
         "activations": precision_of(target.model),
+        "fused_layers": target.num_fused,
         "kv": target.kv,
         "kv_bytes_per_token": target.kv_bytes_per_token,
     }

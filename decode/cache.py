@@ -60,6 +60,19 @@ class StoreLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys = key_states
         return self.store.view(self._cache.width)
 
+    @property
+    def columns(self) -> Columns:
+        """Return the columns that the current pass writes."""
+        return self._cache.columns
+
+    def make_room(self, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values [at least B, H, capacity, D] of a dense store, for a pass that
+        writes them itself; `shape` is B, H, D."""
+        assert isinstance(self.store, DenseStore)
+        self.keys, values_BHSD = self.store.make_room_for(shape, dtype, self._cache.columns)
+        self.is_initialized = True
+        return self.keys, values_BHSD
+
     def get_seq_length(self) -> int:
         """Return the number of committed columns of the longest row."""
         # Layers that no pass reached (Mllama's for images) must report 0.

@@ -65,6 +65,7 @@ class Runner:
         device: str = "cpu",
         context: int | None = None,
         kv: str = "dense",
+        forward: str = "auto",
         allow_other_target: bool = False,
         tune: bool = False,
         choose_threads: bool = False,
@@ -79,11 +80,13 @@ class Runner:
             model = load_model(checkpoint, dtype=dtype, device=device)
         self.target: Target[Any]
         if isinstance(model, Target):
-            if context is not None or kv != "dense":
-                raise UsageError("context and kv are for a model; open the target with them")
+            if context is not None or kv != "dense" or forward != "auto":
+                raise UsageError(
+                    "context, kv and forward are for a model; open the target with them"
+                )
             self.target = model
         else:
-            self.target = open_target(model, context=context, kv=kv)
+            self.target = open_target(model, context=context, kv=kv, forward=forward)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
         self.checksums = checksums
@@ -408,6 +411,7 @@ def generate(
     device: str = "cpu",
     context: int | None = None,
     kv: str = "dense",
+    forward: str = "auto",
     checksums: bool = True,
     max_new_tokens: int = 128,
     batch_size: int = 1,
@@ -427,6 +431,7 @@ def generate(
         device=device,
         context=context,
         kv=kv,
+        forward=forward,
         checksums=checksums,
     )
     return runner.generate(

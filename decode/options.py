@@ -139,6 +139,10 @@ class SamplingParams(Config):
         return scores_NV.softmax(-1).view(logits_BNV.shape)
 
 
+# How decoder layers may run (`target/fused.py`).
+FORWARDS = ("auto", "fused", "modules")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions(Config):
     """How drafted tokens are verified."""
@@ -205,9 +209,16 @@ class CacheOptions(LoadOptions):
         "dense",
         f"Store of keys and values, NAME[:key=value,...]: {', '.join(methods.list_methods('kv'))}",
     )
+    forward: str = option(
+        "auto",
+        "How decoder layers run: fused (one call in C each), modules (transformers' own), or auto "
+        "(fused where a layer's steps are known and compute the same)",
+    )
 
     def validate(self) -> None:
-        """Check the store and its options before anything is loaded."""
+        """Check the store, its options and the forward before anything is loaded."""
+        if self.forward not in FORWARDS:
+            raise UsageError(f"--forward {self.forward}: expected one of {', '.join(FORWARDS)}")
         methods.get_method(self.kv.partition(":")[0], "kv")
         if ":" in self.kv:
             # Imported here: stores need torch, which the default does without.

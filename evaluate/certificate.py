@@ -18,6 +18,7 @@ from spectool.checkpoint.tensors import Checkpoint
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams, VerifyOptions
 from spectool.decode.target.base import Target
+from spectool.decode.target.open import open_target
 from spectool.errors import InputError, UsageError
 from spectool.evaluate.certify.laws import LEVEL, SAMPLING, Law, compare_laws
 from spectool.evaluate.certify.rows import Rows, compare_rows, promises_rows
@@ -35,8 +36,6 @@ WIDTHS, BATCHES = (1, 2, 4, 8, 16, 32, 64), tuple(range(1, 9))
 ROW_PROMPT = 256
 # Prompts whose short continuations are sampled, how many of each, and how many together.
 LAW_PROMPTS, LAW_SAMPLES, LAW_BATCH = 2, 150, 32
-# The layers are computed by transformers' modules.
-FORWARDS = ("modules",)
 # Drafters that need no training, besides those of the table: what `auto` is without heads.
 COMBINED = "trigram+recycle"
 
@@ -106,7 +105,7 @@ def certify(
     Raises:
         InputError: a drafter cannot be opened, or the context has no room for a prompt.
     """
-    target = runner.target
+    target, forwards = runner.target, _list_forwards(runner.target)
     drafts, left_out = _choose_drafts(runner, options.drafts)
     widths = _choose_widths(target)
     # What modules keep of a text, no batch can hold twice.
@@ -120,7 +119,10 @@ def certify(
     given = [list(prompt[-room:]) for prompt in prompts]
     rows, texts, laws = list[Rows](), list[Texts](), list[Law]()
     promises: dict[str, list[str]] = {}
-    for forward in FORWARDS:
+    for forward in forwards:
+        # A model's layers are computed as the target that was opened last asks for.
+        target = open_target(target.model, context=target.context, kv=target.kv, forward=forward)
+        runner = Runner(target, tokenizer=runner.tokenizer)
         promises[forward] = _list_promises(target)
         shapes = compare_rows(
             target,
@@ -161,7 +163,7 @@ def certify(
         left_out=left_out,
         runtime=describe_runtime(target.model),
         activations=precision_of(target.model),
-        forward=list(FORWARDS),
+        forward=forwards,
         engine={
             **machine.software_versions(),
             "kernels": name_library(),
@@ -175,7 +177,7 @@ def certify(
         prompts=len(given),
         tokens=sum(each.tokens for each in texts),
         promises=promises,
-        identical=not _find_broken(dict.fromkeys(FORWARDS, KINDS), rows, texts, laws),
+        identical=not _find_broken(dict.fromkeys(forwards, KINDS), rows, texts, laws),
         broken=_find_broken(promises, rows, texts, laws),
         rows=rows,
         texts=texts,
@@ -222,6 +224,15 @@ def _find_broken(
                 f"(p = {law.p_value:.1e})"
             )
     return broken
+
+
+def _list_forwards(target: Target[Any]) -> list[str]:
+    """Return what is to compute the layers: what was asked for, or each way that there is."""
+    if target.forward != "auto":
+        return [target.forward]
+    if not target.num_fused:
+        return ["modules"]
+    return ["modules", "fused" if not target.unfused else "auto"]
 
 
 def _choose_drafts(runner: Runner, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -206,7 +206,7 @@ class Context:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
         model = self.load_model(self.checkpoint)
-        runner = Runner(model, tokenizer=self.tokenizer, kv=self.load.kv)
+        runner = Runner(model, tokenizer=self.tokenizer, kv=self.load.kv, forward=self.load.forward)
         how = Options(
             drafts=self.options.draft or ("auto",), max_new_tokens=self.options.max_new_tokens
         )
@@ -262,7 +262,10 @@ class Context:
                 reporter=self.reporter,
             )
         model = self.load_model(checkpoint)
-        return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
+        forward = self.load.forward
+        if kv == "dense" and forward != "fused":
+            return ResidentLogProbs(model)
+        return CachedLogProbs(model, kv, forward)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         return parse_dtype(self.load.dtype) or default_dtype(checkpoint.layout, self.device)

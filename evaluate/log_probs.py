@@ -48,11 +48,11 @@ class ResidentLogProbs:
 
 
 class CachedLogProbs(ResidentLogProbs):
-    """Log-probabilities of a model whose tokens see those before them as a KV store keeps them."""
+    """Log-probabilities of a model as it decodes: with its KV store and its fused layers."""
 
-    def __init__(self, model: PreTrainedModel, kv: str) -> None:
+    def __init__(self, model: PreTrainedModel, kv: str, forward: str) -> None:
         super().__init__(model)
-        self._target = open_target(model, kv=kv)
+        self._target = open_target(model, kv=kv, forward=forward)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:

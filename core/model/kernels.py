@@ -189,14 +189,18 @@ def _missing_library() -> str:
     return reason or ""
 
 
-def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.Choice]:
+def attach_kernels(
+    model: nn.Module, dtype: torch.dtype, *, any_rows: bool = False
+) -> dict[str, registry.Choice]:
     """Give the linears of a model, with activations of a dtype, the kernels that there are here.
+
+    `any_rows`: also where torch is faster, so that no row depends on the other ones.
 
     Returns the choice for the dense ones, if there are any, and those of `attach_products`.
     """
     choices = attach_products(model, dtype)
     # Beside products all sums of a row are independent of the other rows.
-    always = has_products(model)
+    always = any_rows or has_products(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
             weight, shape = module.weight, (module.out_features, module.in_features)

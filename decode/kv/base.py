@@ -66,18 +66,22 @@ class KVStore(ABC):
     def write_tail(self, keys_BHND: Tensor, values_BHND: Tensor, columns: Columns) -> None:
         """Write the nodes of a pass."""
         coded = self.encode(keys_BHND, values_BHND)
-        if not self._buffers:
-            self._buffers = [rows[:, :, :0] for rows in coded]
-            self._num_rows = len(coded[0])
-        num_rows, capacity = self._num_rows, columns.capacity
-        self._buffers = [_enlarge(buffer, num_rows, capacity) for buffer in self._buffers]
-        for field, rows_BHNX in zip(self.fields, coded, strict=True):
+        for field, rows_BHNX in zip(self.make_room(coded, columns), coded, strict=True):
             if columns.index_BN is None:
                 start = columns.starts[0]
                 field[:, :, start : start + rows_BHNX.shape[2]] = rows_BHNX
             else:
                 index_BHNX = columns.index_BN[:, None, :, None].expand_as(rows_BHNX)
                 field.scatter_(2, index_BHNX, rows_BHNX)
+
+    def make_room(self, coded: Sequence[Tensor], columns: Columns) -> list[Tensor]:
+        """Return the fields, with room for a pass; `coded` are like those of its nodes."""
+        if not self._buffers:
+            self._buffers = [rows[:, :, :0] for rows in coded]
+            self._num_rows = len(coded[0])
+        num_rows, capacity = self._num_rows, columns.capacity
+        self._buffers = [_enlarge(buffer, num_rows, capacity) for buffer in self._buffers]
+        return self.fields
 
     def view(self, width: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values [B, H, S, D] of the first `width` columns."""

@@ -7,6 +7,7 @@ vocabulary, D hidden width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,10 +23,12 @@ from spectool.decode.protocol import Inject, Needs
 from spectool.decode.target import rotary, row_attention
 from spectool.decode.target.base import CHUNK, Pass, Target
 from spectool.decode.target.fit import check_fit
+from spectool.decode.target.fused import end_after, fuse_layers, release_layers
 from spectool.decode.target.masks import list_windows, tree_mask
 from spectool.decode.tree import Draft
+from spectool.errors import UnsupportedError
 from spectool.kernels.registry import use_kernels
-from spectool.model.kernels import has_products
+from spectool.model.kernels import attach_kernels, has_products
 
 
 class AttentionTarget(Target[TreeCache]):
@@ -41,8 +44,14 @@ class AttentionTarget(Target[TreeCache]):
     seq2seq = False
 
     def __init__(
-        self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
+        self,
+        model: PreTrainedModel,
+        *,
+        context: int | None = None,
+        kv: str = "dense",
+        forward: str = "auto",
     ) -> None:
+        self.forward = forward
         self.kv, self._make_store = kv, parse_kv(kv)
         check_fit(model, seq2seq=self.seq2seq)
         super().__init__(model, context)
@@ -56,6 +65,7 @@ class AttentionTarget(Target[TreeCache]):
                 "rotary factors, longer ones with the long factors throughout"
             )
         self._choose_attention()
+        self._fuse_layers()
 
     def span(self, length: int) -> int:
         # A text keeps to one of longrope's two sets of factors, each with its own context: keys
@@ -242,6 +252,41 @@ class AttentionTarget(Target[TreeCache]):
                     hook = layer.register_forward_pre_hook(before, with_kwargs=True)
                 hooks.enter_context(hook)
             yield
+
+    def _fuse_layers(self) -> None:
+        """Let layers run in C, those that can, unless their modules are to run."""
+        try:
+            layers: list[Any] = list(self.layers())
+        except UnsupportedError:
+            return
+        if self.forward == "modules" or self.seq2seq:
+            release_layers(layers)
+            return
+        if self.kv != "dense":
+            release_layers(layers)
+            self.unfused = {f"keys and values are kept as {self.kv}": len(layers)}
+            return
+
+        def probe() -> None:
+            # Rows of different lengths, a tree after them: columns that are hidden, positions that
+            # repeat.
+            cache, texts = self.cache(2), [[0, 1, 0], [1, 0]]
+            with end_after(layers[-1]):
+                self.prefill(cache, texts)
+            cache.commit(texts, [range(3), range(2)])
+            with end_after(layers[-1]):
+                trees = [Draft([0, 1, 0, 1], [-1, 0, 0, 1]), Draft([1, 0, 1], [-1, 0, 1])]
+                self.verify(cache, trees)
+
+        self.unfused = fuse_layers(layers, self.model, probe)
+        self.num_fused = len(layers) - sum(self.unfused.values())
+        if self.num_fused:
+            # The lm_head too is independent of the number of rows then.
+            self.kernels = attach_kernels(self.model, self.dtype, any_rows=True)
+        if not self.unfused and all(layer.fused.rest is None for layer in layers):
+            self.rows_are_independent = True
+            # Nothing large is left to torch.
+            self._few_rows = sys.maxsize
 
     def _choose_attention(self) -> None:
         """Replace an attention that takes no 4-D mask (flash, flex), and add a note.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +72,9 @@ class Target(ABC, Generic[CacheT]):
     holds all state of a request, so requests can take turns. `why_lossy` says why plain decoding is
     not the model's own, where it is not. `cache_name` is the cache argument of the model's forward.
     `start_ids`: the tokens that the decoder of an encoder-decoder starts from; without any, a model
-    continues its prompt.
+    continues its prompt. `forward`: how decoder layers were to run; `num_fused` of them run in C,
+    `unfused` counts the others by the reason. `rows_are_independent`: a row's logits depend on no
+    other row, because all layers are fused.
 
     Raises:
         UsageError: a context longer than the model's.
@@ -87,6 +89,10 @@ class Target(ABC, Generic[CacheT]):
     kv = "dense"
     kv_bytes_per_token: int | None = None
     _few_rows = 0
+    forward = "auto"
+    num_fused = 0
+    rows_are_independent = False
+    unfused: Mapping[str, int] = {}
 
     def __init__(self, model: PreTrainedModel, context: int | None) -> None:
         config = model.config.get_text_config(decoder=True)

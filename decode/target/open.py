@@ -10,30 +10,49 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import methods
 from spectool.checkpoint.foreign import is_encoder_decoder
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.decode.options import FORWARDS
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.target.base import Target
 from spectool.decode.target.encoder_decoder import EncoderDecoderTarget
 from spectool.decode.target.fit import is_recurrent
 from spectool.decode.target.recurrent import RecurrentTarget
-from spectool.errors import UsageError
+from spectool.errors import UnsupportedError, UsageError
 from spectool.model.loading import hash_vocabulary, load_model, load_tokenizer
 
 
 def open_target(
-    model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
+    model: PreTrainedModel,
+    *,
+    context: int | None = None,
+    kv: str = "dense",
+    forward: str = "auto",
 ) -> Target[Any]:
     """Open a model as the target that its architecture asks for.
 
+    `forward`: how its decoder layers run, `fused`, `modules` or `auto` (`fused.py`).
+
     Raises:
-        UnsupportedError: an architecture that cannot be decoded correctly.
+        UnsupportedError: an architecture that cannot be decoded correctly, or layers that cannot
+            all be fused if that is wanted.
         UsageError: a context longer than the model's.
     """
-    kind: type[AttentionTarget | RecurrentTarget] = AttentionTarget
+    if forward not in FORWARDS:
+        raise UsageError(f"forward {forward}: expected one of {', '.join(FORWARDS)}")
+    target: Target[Any]
     if is_encoder_decoder(model.config):
-        kind = EncoderDecoderTarget
+        target = EncoderDecoderTarget(model, context=context, kv=kv)
     elif is_recurrent(model):
-        kind = RecurrentTarget
-    return kind(model, context=context, kv=kv)
+        target = RecurrentTarget(model, context=context, kv=kv)
+    else:
+        target = AttentionTarget(model, context=context, kv=kv, forward=forward)
+    if forward == "fused" and target.num_fused < target.num_layers:
+        kept = ", ".join(target.unfused) or "an architecture that has no steps"
+        raise UnsupportedError(
+            f"--forward fused: {target.num_layers - target.num_fused} of {target.num_layers} "
+            f"layers keep their modules ({kept})",
+            hint="--forward auto fuses those that it can",
+        )
+    return target
 
 
 def open_strategy(
@@ -69,6 +88,8 @@ def open_strategy(
     model = load_model(
         checkpoint, dtype=large.dtype, device=str(large.device), activations=activations
     )
-    opened: Target[Any] = strategy(large, open_target(model, context=context, kv=large.kv), config)
+    opened: Target[Any] = strategy(
+        large, open_target(model, context=context, kv=large.kv, forward=large.forward), config
+    )
     opened.notes += checkpoint.layout.notes
     return opened

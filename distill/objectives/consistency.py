@@ -160,7 +160,7 @@ class Consistency(DecodingObjective):
         if self.bins.stop > table.num_embeddings:
             raise UsageError(f"--bins {config.bins}: the model has {table.num_embeddings} tokens")
         # Refuses a model whose state keeps no blocks apart.
-        self._target = AttentionTarget(task.model)
+        self._target = AttentionTarget(task.model, forward="modules")
         lora = config.lora
         if lora is not None:
             self.learning_rate = LoRA.learning_rate

@@ -82,7 +82,7 @@ class LexicalUnits(DecodingObjective):
     def __init__(self, task: WeightTask, config: LexicalUnits.Config) -> None:
         self.config = config
         # Refuses a model whose state keeps no blocks apart.
-        self._target = AttentionTarget(task.model)
+        self._target = AttentionTarget(task.model, forward="modules")
         self.placeholder = choose_placeholder(task.model, config.placeholder)
         self.draft = f"units:longest={config.longest},placeholder={self.placeholder}"
         names = ("alpha", "beta", "longest")

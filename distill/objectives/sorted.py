@@ -103,7 +103,7 @@ class Sorted(WeightObjective):
         self.layers: list[int] = task.source.layout.config["exits"]["layers"]
         self.logits_per_token = len(self.layers)
         # Refuses a model that cannot draft.
-        AttentionTarget(task.model)
+        AttentionTarget(task.model, forward="modules")
         super().__init__(task, FullWeights(task))
         room = task.texts.seq_len - MEASURED_TOKENS
         held_out = [sample for batch in task.texts.held_out for sample in batch]

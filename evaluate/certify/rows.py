@@ -57,6 +57,8 @@ class Alone:
 
 def promises_rows(target: Target[Any]) -> bool:
     """Whether no sum of a row's depends on the other rows, in products and in attention."""
+    if target.rows_are_independent:
+        return True
     attention = target.model.config._attn_implementation
     return has_products(target.model) and attention == row_attention.NAME
 

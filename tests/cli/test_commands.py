@@ -267,13 +267,23 @@ def test_an_interrupted_generation_shows_what_it_has_in_one_object(
         return forward(self, *args, **options)
 
     monkeypatch.setattr(AttentionTarget, "_forward", stop)
-    words = ["--prompt", "from pathlib", "--draft", "none"]
+    # Opening a target with fused layers takes passes too.
+    words = ["--prompt", "from pathlib", "--draft", "none", "--forward", "modules"]
     done = spectool("generate", checkpoint("llama"), *words, "--json")
     assert done.code == 130
     (result,) = done.json["results"]
     assert result["finish_reason"] == "interrupted" and len(result["token_ids"]) == 3
     calls.clear()
-    bench = ["bench", checkpoint("llama"), "--prompts", __file__, "--limit", 1]
+    bench = [
+        "bench",
+        checkpoint("llama"),
+        "--prompts",
+        __file__,
+        "--limit",
+        1,
+        "--forward",
+        "modules",
+    ]
     stopped = spectool(*bench, "--json")
     assert stopped.code == 130 and stopped.json["error"]["exit_code"] == 130
 

@@ -264,7 +264,7 @@ def test_what_cannot_take_turns_is_refused(pair: Any, prompt_of: Any) -> None:
     runner = open_runner(pair("llama", "gpt2"))
     with pytest.raises(UsageError, match="ngram cannot draft where two models take turns"):
         runner.use("ngram")
-    with pytest.raises(UsageError, match="context and kv are for a model"):
+    with pytest.raises(UsageError, match="context, kv and forward are for a model"):
         Runner(runner.target, context=64)
     with pytest.raises(UnsupportedError, match="no drafts: two models take turns"):
         runner.target.verify(runner.target.cache(1), [tree.chain([1, 2], kind="deterministic")])

@@ -31,7 +31,7 @@ def two_threads() -> Iterator[None]:
 
 
 def watch(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, length: int
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, length: int, forward: str = "auto"
 ) -> tuple[list[Any], list[Any]]:
     """Decode three tokens; return the threads of torch and of kernels in passes, and after them."""
     passes: list[Any] = []
@@ -47,7 +47,7 @@ def watch(
 
     monkeypatch.setattr(engine, "resolve_paths", resolve_paths)
     hook = model.get_output_embeddings().register_forward_hook(lambda *_: see(passes))
-    Runner(model).generate([[1] * length], max_new_tokens=3)
+    Runner(model, forward=forward).generate([[1] * length], max_new_tokens=3)
     hook.remove()
     assert (torch.get_num_threads(), threads.count()) == (2, 2)
     return passes, verdicts
@@ -66,7 +66,7 @@ def test_torch_has_one_thread_where_kernels_compute_all_products(
 def test_torch_has_its_threads_in_passes_of_many_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    passes, _ = watch(make_model("llama", **LARGE), monkeypatch, 70)
+    passes, _ = watch(make_model("llama", **LARGE), monkeypatch, 70, "modules")
     assert passes == [(2, 2), (1, 2), (1, 2)]
 
 
@@ -75,5 +75,12 @@ def test_torch_has_its_threads_where_a_large_product_is_its_own(
 ) -> None:
     # Its blocks are no linears.
     large = {"n_embd": 256, "n_inner": 256, "vocab_size": 256}
-    passes, verdicts = watch(make_model("gpt2", **large), monkeypatch, 20)
+    passes, verdicts = watch(make_model("gpt2", **large), monkeypatch, 20, "modules")
     assert passes == verdicts == [(2, 2)] * 3
+
+
+@needs_kernel
+def test_torch_has_one_thread_where_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"n_embd": 256, "n_inner": 256, "vocab_size": 256}
+    passes, _ = watch(make_model("gpt2", **large), monkeypatch, 70)
+    assert passes == [(1, 2)] * 3

@@ -1,0 +1,338 @@
+"""Decoder layers that run as one call in C instead of module by module (`kernels/steps.py`).
+
+A layer's parts are found by name (`layer_parts.py`). Its steps are used only if they compute what
+the layer's own forward computes, of random states, with the masks, positions and cache of a pass of
+the model. Other layers keep their modules, and so do passes that a hook inside of a layer listens
+to.
+
+Suffixes: B batch, N nodes, D hidden width.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectool.decode.cache import StoreLayer
+from spectool.decode.kv.base import Columns
+from spectool.decode.kv.dense import DenseStore
+from spectool.decode.target.layer_parts import (
+    Guess,
+    Parts,
+    UnknownLayerError,
+    find_parts,
+    make_guesses,
+    make_layer,
+)
+from spectool.kernels import build, registry
+from spectool.kernels.products import TYPES, PackedProduct
+from spectool.kernels.steps import Layer, Products, Rows
+
+# Arguments of a layer's forward: names of the cache, and the others that may be given.
+_CACHES = ("past_key_values", "layer_past", "cache", "past_key_value")
+_READ = frozenset(
+    (
+        *("hidden_states", "attention_mask", "position_embeddings"),
+        # Of these steps need to know nothing.
+        *("position_ids", "use_cache", "cache_position"),
+    )
+)
+# Largest difference of an output from the modules', by the largest output: sums in float32 in
+# another order; values that round to the next bfloat16, or to the next of 8 bits.
+_TOLERANCE, _ROUNDED_TOLERANCE = 1e-5, 5e-2
+
+# The arguments of a layer's call in a pass.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Inside:
+    """The modules inside of a layer, as they were: their parameters, without hooks, not skipped."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        modules = [module for module in layer.modules() if module is not layer]
+        self._hooks = [
+            hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)
+        ]
+        self._attributes = [each.__dict__ for each in modules]
+        named = [
+            (module._parameters, name)
+            for module in modules
+            for name, value in module._parameters.items()
+            if value is not None
+        ]
+        self._places, self._names = [place for place, _ in named], [name for _, name in named]
+        self._parameters = self._read()
+        # Tensors made under inference mode cannot be changed outside of it, and count nothing.
+        self._counting = [each for each in self._parameters if not each.is_inference()]
+        self._versions = [each._version for each in self._counting]
+        self._addresses = [each.data_ptr() for each in self._parameters]
+
+    def _read(self) -> list[Any]:
+        return list(map(dict.get, self._places, self._names))
+
+    def is_changed(self) -> bool:
+        """Whether anything is not as it was. It is asked for at each layer of each pass."""
+        if any(self._hooks) or any("forward" in each for each in self._attributes):
+            return True
+        parameters = self._read()
+        return (
+            not all(map(operator.is_, parameters, self._parameters))
+            or [each._version for each in self._counting] != self._versions
+            or [each.data_ptr() for each in parameters] != self._addresses
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A layer that runs in C. `names` are the positional arguments of its forward.
+
+    `rest`: the norm and the MLP that follow in torch.
+    """
+
+    program: Layer
+    index: int
+    num_key_heads: int
+    head_width: int
+    names: Sequence[str]
+    inside: _Inside
+    rest: tuple[nn.Module, nn.Module] | None
+    returns_tuple: bool
+
+    def run(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Run the layer; return None where only its modules can."""
+        given = dict(zip(self.names, args, strict=False)) | options
+        cache = None
+        for name, value in given.items():
+            if name in _CACHES:
+                cache = value if cache is None else cache
+            elif value is not None and value is not False and name not in _READ:
+                return None
+        states_BND, mask = given["hidden_states"], given.get("attention_mask")
+        if (
+            cache is None
+            or mask is None
+            or states_BND.dtype is not self.program.dtype
+            or self.inside.is_changed()
+        ):
+            return None
+        stored = cache.layers[self.index]
+        if not isinstance(stored, StoreLayer) or not isinstance(stored.store, DenseStore):
+            return None
+        rows = _share(mask, given.get("position_embeddings"), stored.columns)
+        if rows.shape != states_BND.shape[:2]:
+            return None
+        shape = len(states_BND), self.num_key_heads, self.head_width
+        keys, values = stored.make_room(shape, states_BND.dtype)
+        found_BND = self.program(states_BND, rows, keys, values)
+        if self.rest is not None:
+            norm, mlp = self.rest
+            added = mlp(norm(found_BND))
+            found_BND = found_BND + (added if isinstance(added, Tensor) else added[0])
+        return (found_BND,) if self.returns_tuple else found_BND
+
+
+class _Pass(threading.local):
+    """What the layers of a pass share, by mask and positions; the columns tell passes apart."""
+
+    columns: Columns | None = None
+    shared: list[tuple[Tensor, Any, Rows]]
+
+
+_pass = _Pass()
+
+
+def _share(mask_B1NS: Tensor, turns: Any, columns: Columns) -> Rows:
+    """Return what C reads of a mask and of rotary positions."""
+    if _pass.columns is not columns:
+        _pass.columns, _pass.shared = columns, []
+    for known_mask, known_turns, rows in _pass.shared:
+        if known_mask is mask_B1NS and known_turns is turns:
+            return rows
+    cosine = sine = None
+    if turns is not None:
+        cosine, sine = (part.float().expand(len(mask_B1NS), -1, -1) for part in turns)
+    hidden = torch.finfo(mask_B1NS.dtype).min
+    starts_B = torch.tensor(columns.starts)
+    rows = Rows(mask_B1NS[:, 0].float(), hidden, starts_B, cosine, sine)
+    _pass.shared.append((mask_B1NS, turns, rows))
+    return rows
+
+
+@functools.cache
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Make a class of layers that run in C where kernels are in force."""
+
+    class FusedLayer(kind):  # type: ignore[misc, valid-type]
+        fused: Fused | None = None
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            is_open = registry.in_force() and not (torch.is_grad_enabled() or self.training)
+            if self.fused is not None and is_open:
+                found = self.fused.run(args, options)
+                if found is not None:
+                    return found
+            return super().forward(*args, **options)
+
+    # Messages, and what transformers looks up by name, keep the layer's own.
+    FusedLayer.__name__, FusedLayer.__qualname__ = kind.__name__, kind.__qualname__
+    FusedLayer.__module__ = kind.__module__
+    return FusedLayer
+
+
+def release_layers(layers: Sequence[nn.Module]) -> None:
+    """Let layers run by their modules again."""
+    for layer in layers:
+        if "fused" in layer.__dict__:
+            del layer.fused
+            layer.__class__ = type(layer).__mro__[1]
+
+
+def fuse_layers(
+    layers: Sequence[nn.Module], model: PreTrainedModel, probe: Callable[[], Any]
+) -> dict[str, int]:
+    """Let layers of a model run in C, those that can; return how many cannot, by reason.
+
+    `probe` runs a pass of the whole model.
+    """
+    release_layers(layers)
+    dtype, devices = model.dtype, {model.device.type}
+    # Of a model that is loaded block by block, some parameters are elsewhere.
+    devices |= {each.device.type for layer in layers for each in layer.parameters()}
+    if devices != {"cpu"} or dtype not in TYPES:
+        where = " and ".join(sorted(devices))
+        return {f"no kernel in {str(dtype)[6:]} on {where}": len(layers)}
+    if (missing := build.missing()) is not None:
+        return {missing: len(layers)}
+    reasons: Counter[str] = Counter()
+    found: dict[nn.Module, Parts] = {}
+    for layer in layers:
+        try:
+            found[layer] = find_parts(layer)
+        except UnknownLayerError as error:
+            reasons[str(error)] += 1
+    if found:
+        calls = _record_calls(list(found), probe)
+        right: Guess | None = None
+        for layer, parts in found.items():
+            try:
+                right = _fuse(layer, parts, calls[layer], dtype, right)
+            except UnknownLayerError as error:
+                reasons[str(error)] += 1
+    return dict(reasons)
+
+
+class _EndedError(Exception):
+    """A pass was ended on purpose."""
+
+
+@contextmanager
+def end_after(layer: nn.Module) -> Iterator[None]:
+    """End the pass within the context after this layer; what follows, the lm_head, does not run."""
+
+    def end(*given: Any) -> None:
+        raise _EndedError
+
+    with suppress(_EndedError), layer.register_forward_hook(end):
+        yield
+
+
+def _record_calls(layers: Sequence[nn.Module], probe: Callable[[], Any]) -> dict[nn.Module, _Call]:
+    """Return the arguments that layers are called with in a pass."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        calls[module] = args, options
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
+        probe()
+    return calls
+
+
+@torch.inference_mode()
+def _fuse(
+    layer: nn.Module, parts: Parts, call: _Call, dtype: torch.dtype, right: Guess | None
+) -> Guess:
+    """Let a layer run in C if some steps compute what it computes; return the right guess.
+
+    `right` was right for the layer before: where sums are rounded, others might pass too.
+
+    Raises:
+        UnknownLayerError: none of the guesses is right, or a part has no step.
+    """
+    names = list(inspect.signature(type(layer).forward).parameters)[1:]
+    args, options = call
+    given = dict(zip(names, args, strict=False)) | options
+    states_BND: Tensor | None = given.get("hidden_states")
+    if states_BND is None:
+        raise UnknownLayerError("a forward with other arguments")
+    turns = given.get("position_embeddings")
+    if turns is not None and not all(isinstance(each, Tensor) and each.ndim == 3 for each in turns):
+        raise UnknownLayerError("positions of another form")
+    generator = torch.Generator().manual_seed(0)
+    # Small, so that what attention and the MLP add is most of the output.
+    small_BND = torch.randn(states_BND.shape, generator=generator) / 64
+    given["hidden_states"] = small_BND.to(dtype)
+    rest = None if parts.mlp else (parts.norms.before_mlp, parts.mlp_module)
+    passed: list[Tensor] = []
+    with ExitStack() as hooks:
+        if rest is not None:
+            # Steps end where these begin, whose router may choose other experts at a near tie.
+            norm: Any = rest[0]
+            hook = norm.register_forward_pre_hook(lambda module, given: passed.append(given[0]))
+            hooks.enter_context(hook)
+        output: Any = type(layer).forward(layer, **given)
+    returns_tuple = not isinstance(output, Tensor)
+    expected_BND = passed[0] if passed else output[0] if returns_tuple else output
+    attention: Any = parts.attention
+    best: tuple[float, Guess, Fused] | None = None
+    guesses = make_guesses(parts)
+    for guess in [*(each for each in guesses if each == right), *guesses]:
+        program = make_layer(parts, guess, dtype, rotary=turns is not None)
+        fused = Fused(
+            program=program,
+            index=attention.layer_idx,
+            num_key_heads=parts.num_key_heads,
+            head_width=parts.head_width,
+            names=names,
+            inside=_Inside(layer),
+            rest=None,
+            returns_tuple=returns_tuple,
+        )
+        found = fused.run((), given)
+        if found is None:
+            raise UnknownLayerError("arguments that steps do not know")
+        found_BND: Tensor = found[0] if returns_tuple else found
+        difference = float((found_BND - expected_BND).abs().max() / expected_BND.abs().max())
+        if difference <= _tolerance(program) and (best is None or difference < best[0]):
+            best = difference, guess, fused
+            if guess == right:
+                break
+    if best is None:
+        raise UnknownLayerError("its steps do not compute what its modules do")
+    layer.fused = replace(best[2], rest=rest)  # type: ignore[arg-type, assignment]
+    kind: Any = type(layer)
+    layer.__class__ = _fused_class(kind)
+    return best[1]
+
+
+def _tolerance(program: Layer) -> float:
+    rounded = program.dtype is not torch.float32 or any(
+        isinstance(matrix.weight, PackedProduct) and matrix.weight.precision == "int8"
+        for step in program.steps
+        if isinstance(step, Products)
+        for matrix in step.matrices
+    )
+    return _ROUNDED_TOLERANCE if rounded else _TOLERANCE

@@ -1,0 +1,202 @@
+"""Fused layers against the modules they replace, and a node against its mates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from spectool.cli import app
+from spectool.decode.generate import generate
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.open import open_target
+from spectool.decode.tree import Draft, chain
+from spectool.errors import UnsupportedError, UsageError
+from spectool.kernels import build
+
+from ...conftest import DENSE, FAMILIES, make_model
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason="no kernels here")
+
+# Gemma 2 caps the scores of attention.
+FUSED = [name for name in FAMILIES if name != "gemma2"]
+# Experts keep their modules, whose products are torch's.
+INDEPENDENT = [name for name in FUSED if name in DENSE]
+DTYPES = (torch.float32, torch.bfloat16)
+PROMPTS = [[5, 9, 3, 17, 22, 8, 11], [7, 4], [12, 30, 2, 6, 19, 25, 9, 40, 13, 3, 8]]
+TREE = Draft([7, 31, 30, 8, 11, 3, 25, 4], [-1, 0, 0, 2, 2, 4, 4, 6])
+
+
+def logits_of(target: Any) -> list[Tensor]:
+    """Return the logits of prompts of different lengths, then of trees after them."""
+    cache = target.cache(len(PROMPTS))
+    first = target.prefill(cache, PROMPTS).logits_BV
+    drafts = [TREE, Draft([1, 2], [-1, 0]), chain([6, 5, 4], kind="deterministic")]
+    passed = target.verify(cache, drafts).logits_BNV
+    return [first, *(rows[: len(draft)] for rows, draft in zip(passed, drafts, strict=True))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_layers_compute_what_modules_do(family: str, dtype: torch.dtype) -> None:
+    model = make_model(family).to(dtype)
+    expected = logits_of(open_target(model, forward="modules"))
+    target = open_target(model, forward="fused")
+    assert target.num_fused == target.num_layers and not target.unfused
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    for found, other in zip(logits_of(target), expected, strict=True):
+        # In bfloat16 a router may choose another expert for a row.
+        wrong = ((found - other).abs().amax(-1) > tolerance * other.abs().max()).float().mean()
+        assert wrong <= (0 if family in DENSE or dtype == torch.float32 else 0.2)
+    # And back.
+    released = logits_of(open_target(model, forward="modules"))
+    assert all(map(torch.equal, released, expected))
+
+
+def alone(target: AttentionTarget, prompt: list[int], text: Sequence[int]) -> Tensor:
+    """Return the logits [N, V] after the tokens of a text, one a pass."""
+    cache, found = target.cache(1), []
+    target.prefill(cache, [prompt])
+    for token in text:
+        found.append(target.verify(cache, [chain([token], kind="deterministic")]).logits_BNV[0, 0])
+        cache.commit([[token]], [[0]])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", INDEPENDENT)
+def test_a_node_does_not_depend_on_its_mates(family: str, dtype: torch.dtype) -> None:
+    target = AttentionTarget(make_model(family).to(dtype))
+    texts = [[(7 * row + 3 * i) % 60 for i in range(64)] for row in range(len(PROMPTS))]
+    expected = [alone(target, *each) for each in zip(PROMPTS, texts, strict=True)]
+    for width in (2, 3, 17, 64):
+        cache = target.cache(len(PROMPTS))
+        target.prefill(cache, PROMPTS)
+        for start in range(0, 64 - width + 1, width):
+            parts = [text[start : start + width] for text in texts]
+            chains = [chain(part, kind="deterministic") for part in parts]
+            passed = target.verify(cache, chains).logits_BNV
+            for rows, one in zip(passed, expected, strict=True):
+                assert torch.equal(rows, one[start : start + width])
+            cache.commit(parts, [range(width)] * len(parts))
+    # The first tokens of a text among others, in a tree.
+    tree = Draft([0, 31, 3, 8, 6, 5, 25, 9], [-1, 0, 0, 2, 2, 4, 4, 4])
+    cache = target.cache(1)
+    target.prefill(cache, PROMPTS[:1])
+    passed = target.verify(cache, [tree]).logits_BNV[0, [0, 2, 4, 7]]
+    assert torch.equal(passed, expected[0][:4])
+
+
+@pytest.mark.parametrize("family", INDEPENDENT)
+def test_drafted_text_is_plain_text_in_bfloat16(family: str) -> None:
+    model = make_model(family).to(torch.bfloat16)
+    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    prompts = [[*prompt, *prompt] for prompt in PROMPTS]
+    plain = generate(model, prompts, max_new_tokens=48)
+    for draft, batch in (("ngram", 1), ("trigram+recycle", 3), ("skip", 2)):
+        drafted = generate(model, prompts, draft=draft, batch_size=batch, max_new_tokens=48)
+        assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
+        assert draft == "skip" or sum(each.forwards for each in drafted) < 3 * 48
+
+
+def test_passes_call_no_module_inside_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make_model("llama")
+    target = AttentionTarget(model)
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise AssertionError("a module ran")
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", fail)
+    logits_of(target)
+    with pytest.raises(AssertionError, match="a module ran"):
+        logits_of(open_target(model, forward="modules"))
+
+
+def test_layers_that_compute_something_else_keep_their_modules() -> None:
+    model: Any = make_model("llama")
+    kind = type(model.model.layers[1])
+
+    class Scaled(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+            states: Tensor = super().forward(hidden_states, **options)
+            return states * 1.001
+
+    model.model.layers[1].__class__ = Scaled
+    expected = logits_of(AttentionTarget(model, forward="modules"))
+    target = AttentionTarget(model)
+    assert target.num_fused == 1
+    assert target.unfused == {"its steps do not compute what its modules do": 1}
+    for found, other in zip(logits_of(target), expected, strict=True):
+        assert (found - other).abs().max() <= 1e-5 * other.abs().max()
+    with pytest.raises(UnsupportedError, match="1 of 2 layers keep their modules"):
+        open_target(model, forward="fused")
+
+
+def test_bounds_that_random_states_may_not_reach_keep_the_modules() -> None:
+    target = AttentionTarget(make_model("gemma2"))
+    assert target.unfused == {"attn_logit_softcapping bounds numbers inside": 2}
+
+
+def test_other_parameters_keep_the_modules() -> None:
+    model: Any = make_model("llama")
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    target = AttentionTarget(model)
+    assert target.unfused == {"parameters besides those of a standard layer": 1}
+
+
+def test_other_caches_keep_the_modules() -> None:
+    target = AttentionTarget(make_model("llama"), kv="int8")
+    assert target.num_fused == 0
+    assert target.unfused == {"keys and values are kept as int8": 2}
+
+
+def test_changed_weights_are_seen() -> None:
+    model: Any = make_model("llama")
+    target = AttentionTarget(model)
+    with torch.no_grad():
+        # In C in place; the norm's weight, which C has a copy of, too.
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+        model.model.layers[0].input_layernorm.weight.mul_(3)
+        model.model.layers[1].self_attn.q_proj.weight = torch.nn.Parameter(
+            model.model.layers[1].self_attn.q_proj.weight * 2
+        )
+    found = logits_of(target)
+    for one, other in zip(found, logits_of(open_target(model, forward="modules")), strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_hooks_inside_of_a_layer_are_called() -> None:
+    model: Any = make_model("llama")
+    target = AttentionTarget(model)
+    called: list[Any] = []
+    with model.model.layers[1].mlp.register_forward_hook(lambda *given: called.append(given)):
+        logits_of(target)
+    assert len(called) == 2
+    logits_of(target)
+    assert len(called) == 2
+
+
+def test_a_wrong_forward_is_refused(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="expected one of auto, fused, modules"):
+        open_target(make_model("llama"), forward="quick")
+    given = ["generate", str(checkpoint("llama")), "--prompt", "x", "--forward", "quick"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2 and "--forward quick" in result.output
+
+
+def test_a_model_that_was_fused_can_be_trained_and_saved(tmp_path: Path) -> None:
+    # The matrices of GPT-2 are laid out anew.
+    model: Any = make_model("gpt2")
+    expected = model(torch.tensor([[5, 6, 7]])).logits
+    AttentionTarget(model)
+    loss = model(torch.tensor([[5, 6, 7]])).logits.square().mean()
+    loss.backward()
+    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.allclose(again(torch.tensor([[5, 6, 7]])).logits, expected, atol=1e-6)
