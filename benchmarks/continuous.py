@@ -25,7 +25,6 @@ from typing import Any
 
 import record
 import torch
-from busy import WIDTHS
 from widened import widen
 
 from spectool.decode.generate import Runner
@@ -33,6 +32,8 @@ from spectool.decode.request import Request
 from spectool.machine import describe
 
 ROWS, SHORTEST, LONGEST = 8, 16, 512
+
+WIDTHS = {"hidden": 1024, "intermediate": 2944, "heads": 32}
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,13 +140,24 @@ INLINE void score_keys(const int queries, const struct task *t, ptrdiff_t q, con
     EACH (c, queries) store_floats(scores + c * t->lanes, add_lanes(partial[c]));
 }
 
+/* Scale scores, and cap them by tanh. */
+static void cap_scores(const struct attention *a, float *score, ptrdiff_t count) {
+    const float scaling = a->scaling / a->cap, cap = a->cap;
+    for (ptrdiff_t j = 0; j < count; j++) {
+        const float x = score[j] * scaling, e = exponential(-2 * __builtin_fabsf(x));
+        score[j] = cap * __builtin_copysignf((1 - e) / (1 + e), x);
+    }
+}
+
 /* Turn the scores of a query into weights from key `first` on, a multiple of LANES: exponentials,
  * of the largest score 1, of hidden keys 0. */
 static void weigh(const struct attention *a, const float *mask, float *score, ptrdiff_t first,
                   ptrdiff_t end) {
-    const float nothing = -__builtin_inff(), scaling = a->scaling, hidden = a->hidden;
+    const float nothing = -__builtin_inff(), hidden = a->hidden;
+    const float scaling = a->cap ? 1 : a->scaling;
     const ptrdiff_t padded = whole(end), known = least(end, a->num_keys);
     float most[LANES], largest = nothing;
+    if (a->cap) cap_scores(a, score + first, known - first);
     for (ptrdiff_t j = first; j < known; j++) {
         const float value = score[j] * scaling + mask[j];
         score[j] = mask[j] <= hidden ? nothing : value;

@@ -14,6 +14,7 @@ struct attention {
     ptrdiff_t q_strides[3], k_strides[3], v_strides[3]; /* elements; the last axis is dense */
     ptrdiff_t heads, key_heads, num_rows, num_keys, width;
     float scaling, hidden;               /* a mask of at most `hidden` hides a key */
+    float cap; /* scores s are cap tanh(s / cap) before the mask is added; 0: as they are */
     int32_t type;
 };
 

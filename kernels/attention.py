@@ -30,7 +30,7 @@ class _Attention(ctypes.Structure):
         *((name, _Strides) for name in ("q_strides", "k_strides", "v_strides")),
         *((name, ctypes.c_ssize_t) for name in ("heads", "key_heads", "num_rows", "num_keys")),
         ("width", ctypes.c_ssize_t),
-        *((name, ctypes.c_float) for name in ("scaling", "hidden")),
+        *((name, ctypes.c_float) for name in ("scaling", "hidden", "cap")),
         ("type", ctypes.c_int32),
     ]
 

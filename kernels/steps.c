@@ -18,6 +18,7 @@
 #include "types.h"
 
 #define PIECE 256 /* elements of a row that are widened to float32 at once */
+#define MOST_ROTARY (4 * PIECE)
 /* Elements of a step that one thread computes sooner than another would wake. */
 #define FEW 32768
 
@@ -43,7 +44,7 @@ struct step {
     const struct linear *linears;
     struct view from, other, to;
     ptrdiff_t width;
-    float number; /* a norm's epsilon, or the scale of scores */
+    float number, cap; /* a norm's epsilon, or the scale of scores; their cap (`attention.h`) */
     int32_t op, activation, num_linears;
 };
 
@@ -215,7 +216,7 @@ static void rotate_head(const struct pass *p, const struct step *s, ptrdiff_t ro
     const ptrdiff_t width = p->rotary, half = width / 2;
     const int type = p->layer->type, in_pairs = s->op == ROTATE_PAIRS;
     const float *cosine = p->cosine + row * width, *sine = p->sine + row * width;
-    float x[PIECE * 4], y[PIECE * 4];
+    float x[MOST_ROTARY], y[MOST_ROTARY];
     for (ptrdiff_t begin = 0; begin < width; begin += PIECE) {
         const ptrdiff_t left = width - begin;
         widen(head + begin * unit_of(p), type, left < PIECE ? left : PIECE, x + begin);
@@ -294,6 +295,7 @@ static void attend(const struct pass *p, const struct step *s) {
         .num_keys = p->num_keys,
         .width = s->width,
         .scaling = s->number,
+        .cap = s->cap,
         .hidden = p->hidden,
         .type = p->layer->type,
     };

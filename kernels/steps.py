@@ -26,6 +26,8 @@ from spectool.kernels.products import TYPES, PackedProduct
 
 # Most bytes of buffers that are kept for the next call: those of the few rows of a step.
 _KEPT_BYTES = 1 << 24
+# Elements of a head that are turned at most; as in steps.c.
+MOST_ROTARY = 1024
 # As in product.h and dense.c.
 _MOST_JOINED, _DENSE_STEP = 4, 32
 _LINE = 64
@@ -99,12 +101,16 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Attend with queries to the cached keys; the result [H W] is a buffer."""
+    """Attend with queries to the cached keys; the result [H W] is a buffer.
+
+    With a `cap`, scores s are cap tanh(s / cap) before the mask is added.
+    """
 
     queries: View
     keys: View
     target: int
     scaling: float
+    cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +161,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "linears")),
         *((name, _View) for name in ("source", "other", "target")),
         ("width", ctypes.c_ssize_t),
-        ("number", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("number", "cap")),
         *((name, ctypes.c_int32) for name in ("op", "activation", "num_linears")),
     ]
 
@@ -321,6 +327,7 @@ class Layer:
                     target=_View(buffer=step.target),
                     width=step.queries.width,
                     number=step.scaling,
+                    cap=step.cap or 0.0,
                 )
             case Activate():
                 return _Step(
@@ -458,8 +465,10 @@ def _compute(
             mask = rows.mask_BNS[:, None].masked_fill(
                 rows.mask_BNS[:, None] <= rows.hidden, -torch.inf
             )
-            scores = read(step.queries).transpose(1, 2) @ k.transpose(2, 3) * step.scaling + mask
-            out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+            scores = read(step.queries).transpose(1, 2) @ k.transpose(2, 3) * step.scaling
+            if step.cap is not None:
+                scores = step.cap * (scores / step.cap).tanh()
+            out = ((scores + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
             buffers[step.target] = out.to(buffers[step.queries.buffer].dtype)
         case Activate():
             write(step.target, activate(step.activation, read(step.source)))

@@ -37,7 +37,7 @@ from spectool.decode.target.layer_parts import (
 )
 from spectool.kernels import build, registry
 from spectool.kernels.products import TYPES, PackedProduct
-from spectool.kernels.steps import Layer, Products, Rows
+from spectool.kernels.steps import MOST_ROTARY, Layer, Products, Rows
 
 # Arguments of a layer's forward: names of the cache, and the others that may be given.
 _CACHES = ("past_key_values", "layer_past", "cache", "past_key_value")
@@ -281,6 +281,8 @@ def _fuse(
     turns = given.get("position_embeddings")
     if turns is not None and not all(isinstance(each, Tensor) and each.ndim == 3 for each in turns):
         raise UnknownLayerError("positions of another form")
+    if turns is not None and (turns[0].shape[-1] > MOST_ROTARY or turns[0].shape[-1] % 2):
+        raise UnknownLayerError(f"{turns[0].shape[-1]} elements of a head are turned")
     generator = torch.Generator().manual_seed(0)
     # Small, so that what attention and the MLP add is most of the output.
     small_BND = torch.randn(states_BND.shape, generator=generator) / 64

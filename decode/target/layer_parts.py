@@ -51,8 +51,10 @@ _FIRST = ("input_layernorm", "self_attn_layer_norm", "ln_1")
 _SECOND = ("post_attention_layernorm", "final_layer_norm", "ln_2")
 _THIRD, _FOURTH = ("pre_feedforward_layernorm",), ("post_feedforward_layernorm",)
 # Words in keys of configurations that bound numbers inside of a layer, which random states may not
-# reach (seen in transformers 5.23: Gemma 2, OLMo, GPT-OSS). The lm_head's cap does not matter.
+# reach (seen in transformers 5.23: OLMo, GPT-OSS). The lm_head's cap does not matter, and there is
+# a step for that of scores (Gemma 2).
 _BOUNDS, _LM_HEAD = ("softcap", "clip", "clamp", "limit"), "final_logit"
+_CAP = "attn_logit_softcapping"
 _EPSILON = ("variance_epsilon", "eps", "epsilon")
 
 
@@ -95,6 +97,7 @@ class Parts:
     num_key_heads: int
     head_width: int
     scaling: float
+    cap: float | None
     head_norms: tuple[nn.Module, nn.Module] | None
     norms: Norms
     mlp: Mlp | None
@@ -126,6 +129,8 @@ def find_parts(layer: nn.Module) -> Parts:
     if attention is None:
         raise UnknownLayerError("no attention under a known name")
     for key, value in _settings(attention).items():
+        if key == _CAP and hasattr(attention, _CAP):
+            continue
         if any(word in key for word in _BOUNDS) and _LM_HEAD not in key and value is not None:
             raise UnknownLayerError(f"{key} bounds numbers inside")
     inputs, out = _children(attention, _INPUTS), _child(attention, _OUT)
@@ -154,6 +159,7 @@ def find_parts(layer: nn.Module) -> Parts:
         num_key_heads=num_key_heads,
         head_width=width,
         scaling=float(scaling) if isinstance(scaling, float) else width**-0.5,
+        cap=getattr(attention, _CAP, None),
         head_norms=None if None in head_norms else tuple(head_norms),  # type: ignore[arg-type]
         norms=norms,
         mlp=mlp,
@@ -334,7 +340,7 @@ def _add_attention(program: _Program, source: int, *, rotary: bool) -> int:
     if rotary:
         program.steps += [Rotate(view, guess.in_pairs) for view in (queries, keys)]
     seen = program.buffer(heads * width)
-    program.steps += [Store(keys, values), Attend(queries, keys, seen, parts.scaling)]
+    program.steps += [Store(keys, values), Attend(queries, keys, seen, parts.scaling, parts.cap)]
     return program.multiply(seen, [parts.out])[0]
 
 

@@ -14,7 +14,7 @@ import pytest
 from spectool.kernels import build, variants
 
 ROOT = Path(__file__).parent.parent.parent
-NAMES = "attention", "dense", "lookup", "pool", "products", "registry"
+NAMES = "attention", "steps", "dense", "lookup", "pool", "products", "registry"
 FILES = [Path(__file__).parent / f"test_{name}.py" for name in NAMES]
 
 GCC = shutil.which("gcc")

@@ -67,6 +67,7 @@ def make_layer(
     norm: str = "rms",
     in_pairs: bool = False,
     activation: str = "silu",
+    cap: float | None = None,
 ) -> Layer:
     """Make a layer with norms of heads, gated, whose matrices are of a kind."""
 
@@ -93,7 +94,7 @@ def make_layer(
         Rotate(queries, in_pairs),
         Rotate(keys, in_pairs),
         Store(keys, values),
-        Attend(queries, keys, 4, 0.3),
+        Attend(queries, keys, 4, 0.3, cap),
         Products(4, [Matrix(7, weight(WIDTH, HEADS * HEAD, 7), normal(WIDTH, seed=8))]),
         Add(hidden, plain, hidden),
         Norm(norm, hidden, states, normal(WIDTH, seed=9), None, 1e-5),
@@ -150,6 +151,17 @@ def test_a_layer_equals_its_specification(
             (cache.float(), expected_cache.float()),
         ):
             assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("cap", [0.1, 3.0, 50.0])
+def test_scores_are_capped(cap: float) -> None:
+    x_BND, rows, cache = make_pass(torch.float32, 7)
+    found = []
+    for layer in (make_layer("dense", torch.float32, cap=cap), make_layer("dense", torch.float32)):
+        expected_BND = layer.twin(x_BND, rows, *cache.clone())
+        found.append(layer(x_BND, rows, *cache.clone()))
+        assert (found[-1] - expected_BND).abs().max() <= 1e-5 * expected_BND.abs().max()
+    assert not torch.allclose(*found, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -23,10 +23,8 @@ from ...conftest import DENSE, FAMILIES, make_model
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason="no kernels here")
 
-# Gemma 2 caps the scores of attention.
-FUSED = [name for name in FAMILIES if name != "gemma2"]
 # Experts keep their modules, whose products are torch's.
-INDEPENDENT = [name for name in FUSED if name in DENSE]
+INDEPENDENT = [name for name in FAMILIES if name in DENSE]
 DTYPES = (torch.float32, torch.bfloat16)
 PROMPTS = [[5, 9, 3, 17, 22, 8, 11], [7, 4], [12, 30, 2, 6, 19, 25, 9, 40, 13, 3, 8]]
 TREE = Draft([7, 31, 30, 8, 11, 3, 25, 4], [-1, 0, 0, 2, 2, 4, 4, 6])
@@ -42,7 +40,7 @@ def logits_of(target: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fused_layers_compute_what_modules_do(family: str, dtype: torch.dtype) -> None:
     model = make_model(family).to(dtype)
     expected = logits_of(open_target(model, forward="modules"))
@@ -138,8 +136,21 @@ def test_layers_that_compute_something_else_keep_their_modules() -> None:
 
 
 def test_bounds_that_random_states_may_not_reach_keep_the_modules() -> None:
-    target = AttentionTarget(make_model("gemma2"))
-    assert target.unfused == {"attn_logit_softcapping bounds numbers inside": 2}
+    model: Any = make_model("llama")
+    model.config.clip_qkv = 8.0
+    target = AttentionTarget(model)
+    assert target.unfused == {"clip_qkv bounds numbers inside": 2}
+
+
+def test_capped_scores() -> None:
+    model = make_model("gemma2", attn_logit_softcapping=0.7)
+    expected = logits_of(open_target(model, forward="modules"))
+    for found, other in zip(logits_of(open_target(model, forward="fused")), expected, strict=True):
+        assert (found - other).abs().max() <= 1e-5 * other.abs().max()
+    model.config.attn_logit_softcapping = None
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(logits_of(open_target(model))[0], expected[0], atol=1e-3)
 
 
 def test_other_parameters_keep_the_modules() -> None:
