@@ -122,7 +122,12 @@ def certify(
     for forward in forwards:
         # A model's layers are computed as the target that was opened last asks for.
         target = open_target(target.model, context=target.context, kv=target.kv, forward=forward)
-        runner = Runner(target, tokenizer=runner.tokenizer)
+        runner = Runner(
+            target,
+            tokenizer=runner.tokenizer,
+            allow_other_target=runner.allow_other_target,
+            checksums=runner.checksums,
+        )
         promises[forward] = _list_promises(target)
         shapes = compare_rows(
             target,

@@ -253,6 +253,8 @@ class Context:
         if self.options.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
             if kv != "dense":
                 raise UsageError(f"--kv {kv} needs the whole model; block by block has no cache")
+            if self.load.forward == "fused":
+                raise UsageError("--forward fused needs the whole model")
             return BlockwiseLogProbs(
                 checkpoint,
                 self.windows,

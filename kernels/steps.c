@@ -8,8 +8,6 @@
  *
  * Shapes: B texts, n nodes of each, N = B n rows, S keys, D width of a head, R rotary width.
  */
-#include <stdlib.h>
-
 #include "attention.h"
 #include "dense.h"
 #include "exponential.h"
@@ -187,7 +185,7 @@ INLINE void activate(int activation, ptrdiff_t count, float *x) {
             x[i] *= logistic(1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
         break;
     case RELU:
-        for (ptrdiff_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] : 0;
+        for (ptrdiff_t i = 0; i < count; i++) x[i] = x[i] < 0 ? 0 : x[i];
         break;
     default: break;
     }

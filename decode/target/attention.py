@@ -283,7 +283,9 @@ class AttentionTarget(Target[TreeCache]):
         if self.num_fused:
             # The lm_head too is independent of the number of rows then.
             self.kernels = attach_kernels(self.model, self.dtype, any_rows=True)
-        if not self.unfused and all(layer.fused.rest is None for layer in layers):
+        head = self.model.get_output_embeddings()
+        has_kernel = getattr(head, "product", None) is not None
+        if has_kernel and not self.unfused and all(layer.fused.rest is None for layer in layers):
             self.rows_are_independent = True
             # Nothing large is left to torch.
             self._few_rows = sys.maxsize

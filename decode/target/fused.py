@@ -48,9 +48,11 @@ _READ = frozenset(
         *("position_ids", "use_cache", "cache_position"),
     )
 )
-# Largest difference of an output from the modules', by the largest output: sums in float32 in
-# another order; values that round to the next bfloat16, or to the next of 8 bits.
-_TOLERANCE, _ROUNDED_TOLERANCE = 1e-5, 5e-2
+# Largest difference of an output from the modules', by its size: sums in float32 in another order;
+# values that round to the next bfloat16, or to the next of 8 bits.
+_TOLERANCE, _ROUNDED_TOLERANCE = 1e-5, 1e-2
+# What angles of positions are multiplied by in the comparison, and what is added to positions.
+_FAR, _LATER = 37.7, 1 << 17
 
 # The arguments of a layer's call in a pass.
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -65,14 +67,12 @@ class _Inside:
             hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)
         ]
         self._attributes = [each.__dict__ for each in modules]
-        named = [
-            (module._parameters, name)
-            for module in modules
-            for name, value in module._parameters.items()
-            if value is not None
-        ]
+        self._holders = [each._modules for each in layer.modules() if each._modules]
+        self._children = self._list_children()
+        named = [(module._parameters, name) for module in modules for name in module._parameters]
         self._places, self._names = [place for place, _ in named], [name for _, name in named]
-        self._parameters = self._read()
+        self._values = self._read()
+        self._parameters = [each for each in self._values if each is not None]
         # Tensors made under inference mode cannot be changed outside of it, and count nothing.
         self._counting = [each for each in self._parameters if not each.is_inference()]
         self._versions = [each._version for each in self._counting]
@@ -81,15 +81,18 @@ class _Inside:
     def _read(self) -> list[Any]:
         return list(map(dict.get, self._places, self._names))
 
+    def _list_children(self) -> list[tuple[Any, ...]]:
+        return [tuple(each.values()) for each in self._holders]
+
     def is_changed(self) -> bool:
         """Whether anything is not as it was. It is asked for at each layer of each pass."""
         if any(self._hooks) or any("forward" in each for each in self._attributes):
             return True
-        parameters = self._read()
         return (
-            not all(map(operator.is_, parameters, self._parameters))
+            not all(map(operator.is_, self._read(), self._values))
             or [each._version for each in self._counting] != self._versions
-            or [each.data_ptr() for each in parameters] != self._addresses
+            or [each.data_ptr() for each in self._parameters] != self._addresses
+            or self._list_children() != self._children
         )
 
 
@@ -122,6 +125,9 @@ class Fused:
         if (
             cache is None
             or mask is None
+            or mask.ndim != 4
+            or mask.shape[1] != 1
+            or not mask.is_floating_point()
             or states_BND.dtype is not self.program.dtype
             or self.inside.is_changed()
         ):
@@ -169,6 +175,10 @@ def _share(mask_B1NS: Tensor, turns: Any, columns: Columns) -> Rows:
     return rows
 
 
+def _make_empty(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
 @functools.cache
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Make a class of layers that run in C where kernels are in force."""
@@ -183,6 +193,11 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
                 if found is not None:
                     return found
             return super().forward(*args, **options)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # A copy is a layer of the own class, which opening it fuses again.
+            state = {key: value for key, value in self.__dict__.items() if key != "fused"}
+            return _make_empty, (kind,), state
 
     # Messages, and what transformers looks up by name, keep the layer's own.
     FusedLayer.__name__, FusedLayer.__qualname__ = kind.__name__, kind.__qualname__
@@ -226,6 +241,8 @@ def fuse_layers(
         right: Guess | None = None
         for layer, parts in found.items():
             try:
+                if layer not in calls:
+                    raise UnknownLayerError("a pass does not reach it")
                 right = _fuse(layer, parts, calls[layer], dtype, right)
             except UnknownLayerError as error:
                 reasons[str(error)] += 1
@@ -283,29 +300,29 @@ def _fuse(
         raise UnknownLayerError("positions of another form")
     if turns is not None and (turns[0].shape[-1] > MOST_ROTARY or turns[0].shape[-1] % 2):
         raise UnknownLayerError(f"{turns[0].shape[-1]} elements of a head are turned")
+    attention: Any = parts.attention
+    index = getattr(attention, "layer_idx", None)
+    if not isinstance(index, int):
+        raise UnknownLayerError("attention that does not know its layer")
     generator = torch.Generator().manual_seed(0)
     # Small, so that what attention and the MLP add is most of the output.
     small_BND = torch.randn(states_BND.shape, generator=generator) / 64
     given["hidden_states"] = small_BND.to(dtype)
+    if turns is not None:
+        # Angles of far positions, so that all elements turn.
+        angles = torch.atan2(turns[1].float(), turns[0].float()) * _FAR
+        given["position_embeddings"] = angles.cos().to(turns[0]), angles.sin().to(turns[1])
+    expected_BND, residual_BND, returns_tuple = _call_modules(layer, parts, given)
+    _check_rest(layer, parts, given, expected_BND, residual_BND, dtype)
     rest = None if parts.mlp else (parts.norms.before_mlp, parts.mlp_module)
-    passed: list[Tensor] = []
-    with ExitStack() as hooks:
-        if rest is not None:
-            # Steps end where these begin, whose router may choose other experts at a near tie.
-            norm: Any = rest[0]
-            hook = norm.register_forward_pre_hook(lambda module, given: passed.append(given[0]))
-            hooks.enter_context(hook)
-        output: Any = type(layer).forward(layer, **given)
-    returns_tuple = not isinstance(output, Tensor)
-    expected_BND = passed[0] if passed else output[0] if returns_tuple else output
-    attention: Any = parts.attention
+    compared_BND = expected_BND if residual_BND is None else residual_BND
     best: tuple[float, Guess, Fused] | None = None
-    guesses = make_guesses(parts)
+    guesses = make_guesses(parts, rotary=turns is not None)
     for guess in [*(each for each in guesses if each == right), *guesses]:
-        program = make_layer(parts, guess, dtype, rotary=turns is not None)
+        program = make_layer(parts, guess, dtype)
         fused = Fused(
             program=program,
-            index=attention.layer_idx,
+            index=index,
             num_key_heads=parts.num_key_heads,
             head_width=parts.head_width,
             names=names,
@@ -316,11 +333,10 @@ def _fuse(
         found = fused.run((), given)
         if found is None:
             raise UnknownLayerError("arguments that steps do not know")
-        found_BND: Tensor = found[0] if returns_tuple else found
-        difference = float((found_BND - expected_BND).abs().max() / expected_BND.abs().max())
+        difference = _compare(found[0] if returns_tuple else found, compared_BND)
         if difference <= _tolerance(program) and (best is None or difference < best[0]):
             best = difference, guess, fused
-            if guess == right:
+            if guess == right and dtype is torch.float32:
                 break
     if best is None:
         raise UnknownLayerError("its steps do not compute what its modules do")
@@ -328,6 +344,56 @@ def _fuse(
     kind: Any = type(layer)
     layer.__class__ = _fused_class(kind)
     return best[1]
+
+
+def _call_modules(
+    layer: nn.Module, parts: Parts, given: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Return a layer's output, the states before its MLP if that keeps its modules, and whether the
+    output is the first of a tuple."""
+    passed: list[Tensor] = []
+    with ExitStack() as hooks:
+        if parts.mlp is None:
+            norm: Any = parts.norms.before_mlp
+            hook = norm.register_forward_pre_hook(lambda module, given: passed.append(given[0]))
+            hooks.enter_context(hook)
+        output: Any = type(layer).forward(layer, **given)
+    is_tensor = isinstance(output, Tensor)
+    return output if is_tensor else output[0], passed[0] if passed else None, not is_tensor
+
+
+def _check_rest(
+    layer: nn.Module,
+    parts: Parts,
+    given: dict[str, Any],
+    expected_BND: Tensor,
+    residual_BND: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Check what steps do not compute: that positions matter only as they turn, and the sum with an
+    MLP that keeps its modules.
+
+    Raises:
+        UnknownLayerError: the layer computes something else.
+    """
+    positions = given.get("position_ids")
+    if positions is not None:
+        later = given | {"position_ids": positions + _LATER}
+        if _compare(_call_modules(layer, parts, later)[0], expected_BND) > 0:
+            raise UnknownLayerError("positions that do more than turn")
+    if residual_BND is not None:
+        norm: Any = parts.norms.before_mlp
+        added = parts.mlp_module(norm(residual_BND))
+        total_BND = residual_BND + (added if isinstance(added, Tensor) else added[0])
+        tolerance = _TOLERANCE if dtype is torch.float32 else _ROUNDED_TOLERANCE
+        if _compare(total_BND, expected_BND) > tolerance:
+            raise UnknownLayerError("more than a sum with its MLP")
+
+
+def _compare(found_BND: Tensor, expected_BND: Tensor) -> float:
+    """Return the size of the difference, by that of what is expected."""
+    expected = expected_BND.float()
+    return float((found_BND.float() - expected).norm() / expected.norm())
 
 
 def _tolerance(program: Layer) -> float:

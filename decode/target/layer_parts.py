@@ -109,12 +109,13 @@ class Guess:
     """What the parts of a layer do not tell.
 
     `parallel`: attention and the MLP read the same hidden states. `norms_last`: norms come after
-    residuals. `in_pairs`: rotary positions turn neighbours. `by_head`: a joined matrix holds the
-    query, key and value of a head side by side.
+    residuals. `rotary`: positions turn queries and keys; `in_pairs`: they turn neighbours.
+    `by_head`: a joined matrix holds the query, key and value of a head side by side.
     """
 
     parallel: bool
     norms_last: bool
+    rotary: bool
     in_pairs: bool
     by_head: bool
 
@@ -222,9 +223,10 @@ def _find_mlp(holder: Any) -> Mlp | None:
 @torch.no_grad()
 def _name_activation(function: Any) -> str | None:
     """Name what an activation computes; None if there is no step for it."""
-    x = torch.linspace(-9, 9, 1001)
+    far = torch.tensor([10.5, 30.0, 1e2, 1e3, 1e4])
+    x = torch.cat([torch.linspace(-9, 9, 1001), far, -far])
     for name in ACTIVATIONS:
-        if torch.allclose(function(x), activate(name, x), rtol=0, atol=1e-6):
+        if torch.allclose(function(x), activate(name, x), rtol=1e-6, atol=1e-6):
             return name
     return None
 
@@ -239,17 +241,21 @@ def _size(matrix: Any, *, of_inputs: bool = False) -> int:
     return size
 
 
-def make_guesses(parts: Parts) -> list[Guess]:
-    """Return what may be true of a layer, the most frequent first."""
+def make_guesses(parts: Parts, *, rotary: bool) -> list[Guess]:
+    """Return what may be true of a layer, the most frequent first; `rotary`: it is given positions.
+
+    A layer may ignore the positions that it is given.
+    """
     norms = parts.norms
     # Norms of both sides of attention and of the MLP leave one order.
     is_free = norms.after_attention is None and parts.mlp is not None
     orders = [(False, False), (True, False), (False, True)] if is_free else [(False, False)]
     is_joined = len(parts.inputs) == 1 and parts.num_heads == parts.num_key_heads
     layouts = (False, True) if is_joined else (False,)
+    turns = [(True, False), (True, True), (False, False)] if rotary else [(False, False)]
     return [
-        Guess(parallel, last, in_pairs, by_head)
-        for by_head, in_pairs, (parallel, last) in itertools.product(layouts, (False, True), orders)
+        Guess(parallel, last, *turn, by_head)
+        for by_head, turn, (parallel, last) in itertools.product(layouts, turns, orders)
     ]
 
 
@@ -284,7 +290,7 @@ class _Program:
         self.steps.append(Add(hidden, self.all_of(buffer), hidden))
 
 
-def make_layer(parts: Parts, guess: Guess, dtype: torch.dtype, *, rotary: bool) -> Layer:
+def make_layer(parts: Parts, guess: Guess, dtype: torch.dtype) -> Layer:
     """Make the steps of a layer; up to the MLP, if that keeps its modules.
 
     Raises:
@@ -296,7 +302,7 @@ def make_layer(parts: Parts, guess: Guess, dtype: torch.dtype, *, rotary: bool) 
     if norms.before_attention is not None and not guess.norms_last:
         states = program.all_of(program.buffer(hidden.width))
         program.norm(norms.before_attention, hidden, states)
-    attended = _add_attention(program, states.buffer, rotary=rotary)
+    attended = _add_attention(program, states.buffer)
     program.norm(norms.after_attention, program.all_of(attended), program.all_of(attended))
     if not guess.parallel:
         program.add(attended)
@@ -318,7 +324,7 @@ def make_layer(parts: Parts, guess: Guess, dtype: torch.dtype, *, rotary: bool) 
     return Layer(program.steps, program.widths, dtype)
 
 
-def _add_attention(program: _Program, source: int, *, rotary: bool) -> int:
+def _add_attention(program: _Program, source: int) -> int:
     """Add the steps of attention; return the buffer of their result."""
     parts, guess = program.parts, program.guess
     width, heads, key_heads = parts.head_width, parts.num_heads, parts.num_key_heads
@@ -337,7 +343,7 @@ def _add_attention(program: _Program, source: int, *, rotary: bool) -> int:
         )
     for module, view in zip(parts.head_norms or (), (queries, keys), strict=False):
         program.norm(module, view, view)
-    if rotary:
+    if guess.rotary:
         program.steps += [Rotate(view, guess.in_pairs) for view in (queries, keys)]
     seen = program.buffer(heads * width)
     program.steps += [Store(keys, values), Attend(queries, keys, seen, parts.scaling, parts.cap)]
@@ -363,7 +369,8 @@ def _add_mlp(program: _Program, source: int, mlp: Mlp) -> int:
 
 
 def _make_matrix(module: Any, target: int, dtype: torch.dtype) -> Matrix:
-    bias = None if module.bias is None else module.bias.detach().float().contiguous()
+    held = getattr(module, "bias", None)
+    bias = None if held is None else held.detach().float().contiguous()
     if isinstance(module, ProductLinear):
         return Matrix(target, module.product, bias)
     if type(module) in (nn.Linear, KernelLinear):

@@ -29,7 +29,8 @@ def open_target(
 ) -> Target[Any]:
     """Open a model as the target that its architecture asks for.
 
-    `forward`: how its decoder layers run, `fused`, `modules` or `auto` (`fused.py`).
+    `forward`: how its decoder layers run, `fused`, `modules` or `auto` (`fused.py`). Layers of a
+    model that is opened several times run as the last target asks.
 
     Raises:
         UnsupportedError: an architecture that cannot be decoded correctly, or layers that cannot

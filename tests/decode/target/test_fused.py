@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -18,6 +21,7 @@ from spectool.decode.target.open import open_target
 from spectool.decode.tree import Draft, chain
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels import build
+from spectool.kernels.steps import Rotate
 
 from ...conftest import DENSE, FAMILIES, make_model
 
@@ -211,3 +215,95 @@ def test_a_model_that_was_fused_can_be_trained_and_saved(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert torch.allclose(again(torch.tensor([[5, 6, 7]])).logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_may_ignore_the_positions_that_they_are_given(dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4}
+    config = transformers.SmolLM3Config(
+        **sizes,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        pad_token_id=0,
+        no_rope_layers=[1, 0],
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    target: Any = open_target(model, forward="fused")
+    turned = [
+        any(isinstance(step, Rotate) for step in layer.fused.program.steps)
+        for layer in target.layers()
+    ]
+    assert turned == [True, False]
+
+
+def test_a_sum_that_is_scaled_keeps_its_modules_in_bfloat16() -> None:
+    config = transformers.GraniteConfig(
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        residual_multiplier=0.97,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.bfloat16)
+    assert AttentionTarget(model).num_fused == 0
+
+
+def test_the_sum_with_experts_is_compared_too() -> None:
+    model: Any = make_model("mixtral")
+    layer = model.model.layers[0]
+
+    class Shifted(type(layer)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+            states: Tensor = super().forward(hidden_states, *args, **options)
+            return states + 1
+
+    layer.__class__ = Shifted
+    target = AttentionTarget(model)
+    assert target.unfused == {"more than a sum with its MLP": 1}
+
+
+def test_modules_that_were_replaced_are_seen() -> None:
+    model: Any = make_model("llama")
+    target = AttentionTarget(model)
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj = torch.nn.Linear(*reversed(mlp.gate_proj.weight.shape), bias=False)
+    model.model.layers[1].self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(32))
+    found = logits_of(target)
+    for one, other in zip(found, logits_of(open_target(model, forward="modules")), strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_an_activation_that_is_clipped_far_out_keeps_the_modules() -> None:
+    target = AttentionTarget(make_model("llama", hidden_act="gelu_10"))
+    assert target.unfused == {"an activation that there is no step for": 2}
+
+
+def test_wide_heads_keep_the_modules() -> None:
+    target = AttentionTarget(make_model("llama", head_dim=1280))
+    assert target.unfused == {"1280 elements of a head are turned": 2}
+
+
+def test_a_head_without_a_kernel_makes_no_promise() -> None:
+    model: Any = make_model("llama")
+
+    class Own(torch.nn.Linear):
+        pass
+
+    model.lm_head.__class__ = Own
+    target = AttentionTarget(model)
+    assert target.num_fused == 2 and not target.rows_are_independent
+    assert AttentionTarget(make_model("llama")).rows_are_independent
+
+
+def test_a_fused_model_can_be_copied_and_pickled() -> None:
+    model = make_model("llama")
+    expected = logits_of(AttentionTarget(model))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        target = AttentionTarget(other)
+        assert target.num_fused == 2
+        assert all(map(torch.equal, logits_of(target), expected))
