@@ -174,7 +174,7 @@ class DraftModelDrafter(Drafter):
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or self.Config()
-        self.draft_model = open_draft(model, self.config.exits)
+        self.draft_model = open_draft(model, self.config.exits, target.forward)
         self._vocab_size = target.vocab_size
         check_vocabulary(self.draft_model, target, tokenizer, target_tokenizer)
         self._device = target.device

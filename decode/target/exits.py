@@ -105,8 +105,10 @@ class ExitTarget(Target[ExitCache]):
 
     takes_trees = False
 
-    def __init__(self, model: PreTrainedModel, exits: Sequence[Exit]) -> None:
-        self._whole = AttentionTarget(model)
+    def __init__(
+        self, model: PreTrainedModel, exits: Sequence[Exit], forward: str = "auto"
+    ) -> None:
+        self._whole = AttentionTarget(model, forward=forward)
         super().__init__(model, None)
         self.exits = list(exits)
         self.row_passes = [0] * len(exits)
@@ -274,10 +276,12 @@ def parse_exits(text: str, model: PreTrainedModel) -> list[Exit]:
     return [Exit(layer, threshold) for layer, threshold in pairs if threshold < 1]
 
 
-def open_draft(model: PreTrainedModel, exits: str | None) -> Target[Any]:
-    """Open a draft model, with these exits if they are given.
+def open_draft(model: PreTrainedModel, exits: str | None, forward: str = "auto") -> Target[Any]:
+    """Open a draft model, with these exits if they are given; `forward` is that of `open_target`.
 
     Raises:
         InputError: see `parse_exits`, or an architecture that cannot draft.
     """
-    return AttentionTarget(model) if exits is None else ExitTarget(model, parse_exits(exits, model))
+    if exits is None:
+        return AttentionTarget(model, forward=forward)
+    return ExitTarget(model, parse_exits(exits, model), forward)
