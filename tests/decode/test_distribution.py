@@ -26,6 +26,7 @@ from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.heads.acceptance import AcceptanceHead
 from spectool.decode.options import SamplingParams
+from spectool.decode.policy import tuned
 from spectool.decode.sampling import Draws, StepRandom
 from spectool.decode.tree import Draft, Kind
 from spectool.decode.verify import Verdict
@@ -448,19 +449,25 @@ def test_chains_that_an_adversary_ends(
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "+" not in pair and pair != "none"])
-def test_the_pairs_drafts_are_really_used(pair: str, clock: Any, cache_folder: Path) -> None:
+def test_the_pairs_drafts_are_really_used(
+    pair: str, clock: Any, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exactness would be no evidence if nothing were ever accepted or rejected.
 
-    Every pass takes the same time, so that tuning decides alike on every machine.
+    Every pass takes the same time and drafting none: tuning decides alike on every machine.
     """
     clock.tick = lambda: 1e-3
-    results = runner_for(pair).generate(
-        [PROMPT] * 50,
-        max_new_tokens=LENGTH,
-        batch_size=50,
-        temperature=1.0,
-        verify=verifier_of(pair),
-    )
+    monkeypatch.setattr(tuned, "time", type(clock)())
+    runner, results = runner_for(pair), []
+    # Tuning begins with plain steps.
+    for _ in range(4 if pair == "tuned" else 1):
+        results += runner.generate(
+            [PROMPT] * 50,
+            max_new_tokens=LENGTH,
+            batch_size=50,
+            temperature=1.0,
+            verify=verifier_of(pair),
+        )
     drafted = sum(r.drafted for r in results)
     accepted = sum(r.accepted for r in results)
     assert 0.05 * drafted < accepted < 0.85 * drafted
