@@ -48,9 +48,10 @@ _READ = frozenset(
         *("position_ids", "use_cache", "cache_position"),
     )
 )
-# Largest difference of an output from the modules', by its size: sums in float32 in another order;
-# values that round to the next bfloat16, or to the next of 8 bits.
-_TOLERANCE, _ROUNDED_TOLERANCE = 1e-5, 1e-2
+# Largest difference of an output from the modules', by its size: of sums in float32 in another
+# order; of values that round to the next bfloat16 (0.006 to 0.012 in codestory-10M), or to the next
+# of 8 bits as well (to 0.02).
+_TOLERANCE, _BFLOAT16_TOLERANCE, _INT8_TOLERANCE = 1e-5, 1.5e-2, 2.5e-2
 # What angles of positions are multiplied by in the comparison, and what is added to positions.
 _FAR, _LATER = 37.7, 1 << 17
 
@@ -385,7 +386,7 @@ def _check_rest(
         norm: Any = parts.norms.before_mlp
         added = parts.mlp_module(norm(residual_BND))
         total_BND = residual_BND + (added if isinstance(added, Tensor) else added[0])
-        tolerance = _TOLERANCE if dtype is torch.float32 else _ROUNDED_TOLERANCE
+        tolerance = _TOLERANCE if dtype is torch.float32 else _INT8_TOLERANCE
         if _compare(total_BND, expected_BND) > tolerance:
             raise UnknownLayerError("more than a sum with its MLP")
 
@@ -397,10 +398,10 @@ def _compare(found_BND: Tensor, expected_BND: Tensor) -> float:
 
 
 def _tolerance(program: Layer) -> float:
-    rounded = program.dtype is not torch.float32 or any(
-        isinstance(matrix.weight, PackedProduct) and matrix.weight.precision == "int8"
-        for step in program.steps
-        if isinstance(step, Products)
-        for matrix in step.matrices
+    matrices = (
+        matrix for step in program.steps if isinstance(step, Products) for matrix in step.matrices
     )
-    return _ROUNDED_TOLERANCE if rounded else _TOLERANCE
+    weights = (matrix.weight for matrix in matrices)
+    if any(isinstance(each, PackedProduct) and each.precision == "int8" for each in weights):
+        return _INT8_TOLERANCE
+    return _TOLERANCE if program.dtype is torch.float32 else _BFLOAT16_TOLERANCE
