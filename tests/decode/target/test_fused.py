@@ -248,6 +248,7 @@ def test_a_sum_that_is_scaled_keeps_its_modules_in_bfloat16() -> None:
         num_key_value_heads=2,
         vocab_size=64,
         residual_multiplier=0.97,
+        initializer_range=0.2,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.bfloat16)
     assert AttentionTarget(model).num_fused == 0
