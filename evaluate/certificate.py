@@ -57,7 +57,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What was run, what was found, and which promises do not hold.
+    """A record of what was run, what was found, and which promises do not hold.
 
     `model`: the checkpoint's fingerprint. `left_out`: drafters that this model does not take, with
     the reason. `engine`: versions, kernels, processor, threads. `tokens`: those compared in whole

@@ -18,7 +18,7 @@ from spectool.kernels import build, cpu, threads
 from spectool.kernels.base import Fields, Kernel, Operands
 
 # `dense.c` reads rows in steps of up to 32 elements; rows of its scratch are padded to that.
-_PADDED = 32
+PADDED = 32
 
 
 class _Dense(ctypes.Structure):
@@ -54,7 +54,7 @@ class Dense(Kernel):
         assert x.dtype == weight.dtype == self.dtype
         x_Nm = x.reshape(-1, m).contiguous()
         y_Nn = torch.empty(len(x_Nm), n, dtype=x.dtype)
-        scratch = torch.empty(len(x_Nm) * -(-m // _PADDED) * _PADDED, dtype=torch.float32)
+        scratch = torch.empty(len(x_Nm) * -(-m // PADDED) * PADDED, dtype=torch.float32)
         bias_n = None if bias is None else bias.to(torch.float32).contiguous()
         given = _Dense(
             x=x_Nm.data_ptr(),

@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectool.kernels import build, threads
+from spectool.kernels.dense import PADDED
 from spectool.kernels.products import TYPES, PackedProduct
 
 # Most bytes of buffers that are kept for the next call: those of the few rows of a step.
 _KEPT_BYTES = 1 << 24
 # Elements of a head that are turned at most; as in steps.c.
 MOST_ROTARY = 1024
-# As in product.h and dense.c.
-_MOST_JOINED, _DENSE_STEP = 4, 32
+# As in product.h.
+_MOST_JOINED = 4
 _LINE = 64
 # Positions of `enum op` and `enum activation` in steps.c.
 _OPS = (
@@ -185,7 +186,7 @@ class _Pass(ctypes.Structure):
 
 
 class Rows:
-    """What the layers of a pass share.
+    """Inputs that the layers of a pass share.
 
     `mask_BNS` [B, N, S], in float32, hides keys at its minimum `hidden`. `starts_B`, int64: the
     columns at which the first nodes stand. Cosines and sines of the positions [B, N, R], in
@@ -372,7 +373,7 @@ class Layer:
                 linear.weight = weight.data_ptr()
                 linear.bias = None if bias is None else bias.data_ptr()
                 first = None
-                padded = -(-linear.num_inputs // _DENSE_STEP) * _DENSE_STEP
+                padded = -(-linear.num_inputs // PADDED) * PADDED
                 self._scratch_bytes = max(self._scratch_bytes, 4 * padded)
         return linears
 

@@ -1,4 +1,4 @@
-"""What steps cost with each number of threads that may be chosen, and the number that is faster.
+"""Costs of steps with each number of threads that may be chosen, and the number that is faster.
 
 One thread is faster than many for small models, and where other processes keep processors busy:
 threads wait for each other at every product. The two are compared in real steps. Threads change how

@@ -55,7 +55,7 @@ class Experts:
 
 
 class _Batch:
-    """What steps of one batch size take, by nodes per request. `visits` count the steps seen."""
+    """Seconds of steps of one batch size, by nodes per request. `visits` count the steps seen."""
 
     def __init__(self, points: dict[int, float], visits: int) -> None:
         self.points = points

@@ -150,7 +150,7 @@ class Fused:
 
 
 class _Pass(threading.local):
-    """What the layers of a pass share, by mask and positions; the columns tell passes apart."""
+    """Inputs that layers of a pass share, by mask and positions. The columns tell passes apart."""
 
     columns: Columns | None = None
     shared: list[tuple[Tensor, Any, Rows]]
@@ -319,7 +319,8 @@ def _fuse(
     compared_BND = expected_BND if residual_BND is None else residual_BND
     best: tuple[float, Guess, Fused] | None = None
     guesses = make_guesses(parts, rotary=turns is not None)
-    for guess in [*(each for each in guesses if each == right), *guesses]:
+    # Stable: the right one of the layer before comes first.
+    for guess in sorted(guesses, key=lambda each: each != right):
         program = make_layer(parts, guess, dtype)
         fused = Fused(
             program=program,

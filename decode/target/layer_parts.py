@@ -106,7 +106,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What the parts of a layer do not tell.
+    """Facts about a layer that its parts do not tell.
 
     `parallel`: attention and the MLP read the same hidden states. `norms_last`: norms come after
     residuals. `rotary`: positions turn queries and keys; `in_pairs`: they turn neighbours.

@@ -1,1 +1,1 @@
-"""What a certificate of losslessness checks: one file for each check."""
+"""Checks of a certificate of losslessness, one file each."""
