@@ -46,7 +46,10 @@ class Gate:
     def check(self, results: Sequence[Measure]) -> Checked:
         """Compare the metric, which one of the results has."""
         (result,) = (each for each in results if self.metric in each.metrics())
-        value = float(reduce(getattr, self.metric.split("."), result))  # type: ignore[arg-type]
+        return self.judge(float(reduce(getattr, self.metric.split("."), result)))  # type: ignore[arg-type]
+
+    def judge(self, value: float) -> Checked:
+        """Compare the metric's value with the bound."""
         holds = not math.isnan(value) and COMPARE[self.sign](value, self.bound)
         return Checked(self.expression, value, bool(holds))
 

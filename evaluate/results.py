@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_type_hints
 
 
 def as_json(result: Any) -> Any:
@@ -15,4 +16,15 @@ def as_json(result: Any) -> Any:
             for field, value in values
             if value is not None or field.default is not None
         }
+    if isinstance(result, dict):
+        return {key: as_json(value) for key, value in result.items()}
     return [as_json(value) for value in result] if isinstance(result, (list, tuple)) else result
+
+
+def number_names(kind: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the numbers among a dataclass's fields."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from number_names(hint, f"{prefix}{name}.")
+        elif hint in (int, float):
+            yield prefix + name

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Self, get_type_hints
+from typing import ClassVar, Self
 
 from spectool.evaluate.context import Context, Need
+from spectool.evaluate.results import number_names
 
 
 class Measure(ABC):
@@ -31,12 +31,4 @@ class Measure(ABC):
     @classmethod
     def metrics(cls) -> list[str]:
         """List the names of the numbers among the fields, dotted, which gates may compare."""
-        return list(_numbers(cls))
-
-
-def _numbers(kind: type, prefix: str = "") -> Iterator[str]:
-    for name, hint in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from _numbers(hint, f"{prefix}{name}.")
-        elif hint in (int, float):
-            yield prefix + name
+        return list(number_names(cls))
