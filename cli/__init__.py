@@ -88,7 +88,7 @@ for panel, commands in PANELS.items():
             app.add_typer(command.application(), name=name, rich_help_panel=panel)
         else:
             line = (command.__doc__ or "").removesuffix(".")
-            run = derive(command, configs_of(command))
+            run = derive(command, configs_of(command), words=(name,))
             app.command(name, cls=Command, help=line, rich_help_panel=panel)(run)
 
 

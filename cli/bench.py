@@ -115,11 +115,10 @@ def bench(
                 output.show(chain_table(run, options.chain_lengths))
     if len(runs) > num_sizes:
         output.show(comparison_table(runs))
-    machine = describe()
     if options.plot is not None:
-        draw(runs, machine, options.plot)
+        draw(runs, describe(), options.plot)
         output.say(f"picture: {options.plot}")
-    output.result({"machine": machine, **as_json(runs[0]), "other_runs": as_json(runs[1:])})
+    output.result({**as_json(runs[0]), "other_runs": as_json(runs[1:])}, measured=True)
     broken = [f"{name} on {run.model}" for run in runs for name in list_mismatches(run)]
     if broken:
         output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")

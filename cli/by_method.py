@@ -95,7 +95,8 @@ class Verb:
         own = self.config(methods.import_method(name, row.kind))
         body = self.others.get(name, self.run)
         configs = {**configs_of(body), "config": own}
-        run = derive(body, configs, own=f"Options of {name}", method=name)
+        words = (self.name, name)
+        run = derive(body, configs, words=words, own=f"Options of {name}", method=name)
         run.__doc__ = row.summary
         single = typer.Typer(add_completion=False)
         single.command(name, cls=Command)(run)

@@ -73,7 +73,7 @@ def certify(
     for line in _lines(found):
         output.show(line)
     output.show(certificate_table(found))
-    output.result(as_json(found))
+    output.result(as_json(found), measured=True)
     if found.broken:
         output.say(f"error: promised and not kept: {'; '.join(found.broken)}")
         raise typer.Exit(3)

@@ -45,8 +45,9 @@ class Output(Reporter):
 
     With --json the only output on stdout is one JSON object. `quiet`: print nothing, since another
     process of the same run prints. `so_far` returns the partial result of a run that fails, which
-    the JSON object then holds next to the error. `show_plan` prints the command's plan. `resume`:
-    the hint of an interrupted run that can be continued.
+    the JSON object then holds next to the error. `command`: the command line that says all options,
+    once they are read. `show_plan` prints the command's plan. `resume`: the hint of an interrupted
+    run that can be continued.
     """
 
     def __init__(self, *, json_wanted: bool) -> None:
@@ -56,6 +57,7 @@ class Output(Reporter):
         self.began = time.monotonic()
         self.work_began = self.began
         self.finished = False
+        self.command: str | None = None
         self.quiet = is_other_process()
         self.readings: list[dict[str, Any]] = []
         self.so_far: Callable[[], Mapping[str, Any]] = dict
@@ -117,13 +119,23 @@ class Output(Reporter):
             escape(line) if isinstance(line, str) else line
         )
 
-    def result(self, value: Mapping[str, Any]) -> None:
-        """Write the JSON object with --json. Called once: programs expect a single object."""
+    def result(self, value: Mapping[str, Any], *, measured: bool = False) -> None:
+        """Write the JSON object with --json. Called once: programs expect a single object.
+
+        `measured`: add the machine, which times and, in the last digits, figures depend on.
+        """
         assert not self.finished
         self.finished = True
         if self.json_wanted and not self.quiet:
+            made: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+            if self.command is not None:
+                made["command"] = self.command
+            if measured:
+                from spectool.machine import describe
+
+                made["machine"] = describe()
             read = {"read": self.readings} if self.readings else {}
-            safe = replace_nonfinite({"schema_version": SCHEMA_VERSION, **value, **read})
+            safe = replace_nonfinite({**made, **value, **read})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 

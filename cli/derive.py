@@ -7,15 +7,16 @@ A body is a function `body(output, ...)` whose other parameters are annotated wi
 from __future__ import annotations
 
 import inspect
+import shlex
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from spectool.cli.common import session
-from spectool.options import Config, Option, options_of
+from spectool.options import Config, Option, command_words, options_of
 
 # Panels of `--help` in the order in which they follow a command's own options.
 PANELS = (
@@ -49,12 +50,14 @@ def derive(
     body: Callable[..., None],
     configs: Mapping[str, type[Config]],
     *,
+    words: Sequence[str],
     own: str | None = None,
     **fixed: Any,
 ) -> Callable[..., None]:
     """Return a function for typer that runs a body with the options of its `configs`.
 
-    `own`: title of the options without a panel. `fixed`: further arguments of the body.
+    `words`: those after `spectool` that name the command. `own`: title of the options without a
+    panel. `fixed`: further arguments of the body.
     """
 
     def run(**values: Any) -> None:
@@ -69,6 +72,8 @@ def derive(
                 )
                 for name, config in configs.items()
             }
+            given = command_words(*arguments.values())
+            output.command = shlex.join(["spectool", *words, *given])
             body(output, **fixed, **arguments)
 
     options = [option for config in configs.values() for option in options_of(config)]

@@ -90,7 +90,8 @@ def _finish(output: Output, out: Path, report: WeightsReport) -> None:
             "seconds": report.seconds,
             "initial": report.initial,
             "best": report.best,
-        }
+        },
+        measured=True,
     )
 
 

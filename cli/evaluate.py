@@ -19,16 +19,28 @@ def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
     prepare_torch(load.threads)
     from spectool.evaluate.context import Context
     from spectool.evaluate.suite import evaluate as run_measures
+    from spectool.quantize.ledger import measure
 
     output.show_plan = lambda plan: _show_plan(output, options, plan)
-    evaluation = run_measures(Context(load, options, reporter=output))
+    context = Context(load, options, reporter=output)
+    evaluation = run_measures(context)
     for result in evaluation.measures:
         for line in result.lines():
             output.show(line)
     for checked in evaluation.gates:
         word = "holds" if checked.holds else "does not hold"
         output.show(f"gate {checked.expression}: {word} ({checked.value:.4g})")
-    output.result(evaluation.as_json())
+    ledger = measure(context.checkpoint.layout)
+    output.result(
+        {
+            "model": load.model,
+            "methods": sorted({entry.method for entry in ledger.entries}),
+            "bits_per_weight": {"linears": ledger.linears, "file": ledger.file},
+            "bytes": ledger.file_bytes,
+            **evaluation.as_json(),
+        },
+        measured=True,
+    )
     if not all(checked.holds for checked in evaluation.gates):
         raise typer.Exit(3)
 

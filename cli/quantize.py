@@ -301,7 +301,8 @@ def _finish(output: Output, method: str, out: Path, report: QuantizeReport) -> N
                 {key: value for key, value in block.as_json().items() if key != "layers"}
                 for block in report.blocks
             ],
-        }
+        },
+        measured=True,
     )
 
 

@@ -158,7 +158,8 @@ def _finish(output: Output, out: Path, report: HeadsReport) -> None:
             "tokens_per_forward_estimate": report.tokens_per_forward,
             "untrained_estimate": report.initial["score"],
             "tree": {"nodes": report.nodes, "depth": report.depth},
-        }
+        },
+        measured=True,
     )
 
 
@@ -239,7 +240,8 @@ def _finish_acceptance(
             "seconds": report.seconds,
             "initial": report.initial,
             "best": best,
-        }
+        },
+        measured=True,
     )
 
 
@@ -297,7 +299,8 @@ def _finish_judge(output: Output, out: Path, job: JudgeJob, report: JudgeReport)
             "parameters": report.parameters,
             "seconds": report.seconds,
             **report.found,
-        }
+        },
+        measured=True,
     )
 
 

@@ -37,4 +37,4 @@ def tune(output: Output, options: TuneOptions, text: TextOptions, load: RunnerOp
     output.show(f"{heads}: {best} here, {best.speedup:.2f} times plain decoding")
     if best.speedup < 1:
         output.say("plain decoding is faster on this machine; `--draft HEADS:tune` may choose")
-    output.result({"heads": str(heads), **best.options, "speedup": best.speedup})
+    output.result({"heads": str(heads), **best.options, "speedup": best.speedup}, measured=True)

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -62,11 +63,14 @@ def add_method(request: pytest.FixtureRequest, name: str, method: Method) -> Non
 
 def check_command(module: ModuleType, request: pytest.FixtureRequest) -> None:
     counting = typer.Typer()
-    counting.command("count", cls=Command)(derive(module.count, configs_of(module.count)))
+    run = derive(module.count, configs_of(module.count), words=["count"])
+    counting.command("count", cls=Command)(run)
     checkpoint = request.getfixturevalue("checkpoint")("llama")
     for words, number in (([], len(open_checkpoint(checkpoint).layout.tensors)), (["--blocks"], 2)):
-        done = CliRunner().invoke(counting, [str(checkpoint), *words, "--json"])
-        assert json.loads(done.stdout) == {"schema_version": SCHEMA_VERSION, "count": number}
+        done = CliRunner().invoke(counting, [*words, str(checkpoint), "--json"])
+        command = shlex.join(["spectool", "count", str(checkpoint), *words])
+        made = {"schema_version": SCHEMA_VERSION, "command": command}
+        assert json.loads(done.stdout) == {**made, "count": number}
 
 
 def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:

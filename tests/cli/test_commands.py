@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def test_quantize_and_inspect_say_what_the_files_hold(
     wanted = {"out", "method", "bits_per_weight", "bytes", "seconds", "peak_rss_bytes", "layers"}
     assert wanted <= result.keys()
     assert {"name", "bits", "error"} == result["layers"][0].keys()
+    assert result["command"] == f"spectool quantize {method} {checkpoint('qwen3')} {out}"
+    assert result["machine"]["threads"] >= 1
     linears, file = stored_bits(out)
     seen = spectool("inspect", out, "--json").json
     assert {"kind", "method", "modules", "bits_per_weight", "source", "command"} <= seen.keys()
@@ -180,6 +183,12 @@ def test_eval_compares_and_gates(
         }
     ]
     assert "protocol: windows of 32 tokens" in done.err
+    assert (
+        result["bits_per_weight"] == spectool("inspect", packed, "--json").json["bits_per_weight"]
+    )
+    assert result["model"] == str(packed) and result["machine"]["threads"] >= 1
+    again = spectool(*shlex.split(result["command"])[1:], "--json").json
+    assert again == result
     failed = spectool(*words, "--gate", "kl<=0")
     assert failed.code == 3 and "does not hold" in failed.out
     assert spectool(*words, "--gate", "speed>=1").code == 2

@@ -48,7 +48,7 @@ def run(*words: str) -> tuple[Any, Any]:
         given[:] = one, two
 
     app = typer.Typer()
-    app.command("body", cls=Command)(derive(body, configs_of(body)))
+    app.command("body", cls=Command)(derive(body, configs_of(body), words=[]))
     return CliRunner().invoke(app, list(words)), tuple(given)
 
 
