@@ -24,6 +24,7 @@ from spectool.cli import (
     generate,
     inspect,
     list_methods,
+    run,
     tune,
 )
 from spectool.cli.by_method import Verb
@@ -38,7 +39,12 @@ PANELS: dict[str, dict[str, Verb | Callable[..., None]]] = {
     "Compress": {"quantize": QUANTIZE, "distill": DISTILL},
     "Accelerate": {"train-heads": TRAIN_HEADS, "tune": tune.tune},
     "Measure": {"eval": evaluate.evaluate, "bench": bench.bench},
-    "Run": {"generate": generate.generate, "chat": chat.chat, "export": export.export},
+    "Run": {
+        "generate": generate.generate,
+        "chat": chat.chat,
+        "export": export.export,
+        "run": run.run,
+    },
     "Look": {
         "inspect": inspect.inspect,
         "list": list_methods.list_methods,
@@ -88,8 +94,8 @@ for panel, commands in PANELS.items():
             app.add_typer(command.application(), name=name, rich_help_panel=panel)
         else:
             line = (command.__doc__ or "").removesuffix(".")
-            run = derive(command, configs_of(command), words=(name,))
-            app.command(name, cls=Command, help=line, rich_help_panel=panel)(run)
+            derived = derive(command, configs_of(command), words=(name,))
+            app.command(name, cls=Command, help=line, rich_help_panel=panel)(derived)
 
 
 def main() -> None:

@@ -56,12 +56,15 @@ class BenchOptions(Config):
         minimum=0,
         maximum=16,
     )
-    plot: Path | None = option(None, "Chart of the speed-ups to write: a .png or .svg file")
+    plot: Path | None = option(
+        None, "Chart of the speed-ups to write: a .png or .svg file", written=True
+    )
     certify: Path | None = option(
         None,
         "Measure no speed; check that logits, texts and sampled texts are plain decoding's, and "
         "write what was found to this JSON file; exit code 3 if a promise does not hold. Without "
         "--draft all drafters that need no training are checked",
+        written=True,
     )
     attach: bool = option(
         False, "Also add the certificate to MODEL's directory, among its files", switch=True

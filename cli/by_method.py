@@ -89,14 +89,17 @@ class Verb:
             raise UsageError(str(error), hint=hint or error.hint) from None
         raise UsageError(f"{name} is not for {self.name}; known: {', '.join(self.known())}")
 
+    def configs(self, name: str) -> dict[str, type[Config]]:
+        """Return the classes of a method's options by the body's parameter that takes each."""
+        own = self.config(methods.import_method(name, methods.METHODS[name].kind))
+        return {**configs_of(self.others.get(name, self.run)), "config": own}
+
     def command(self, name: str) -> Any:
         """Return the click command of one method, with the method's own options first."""
         row = methods.METHODS[name]
-        own = self.config(methods.import_method(name, row.kind))
         body = self.others.get(name, self.run)
-        configs = {**configs_of(body), "config": own}
-        words = (self.name, name)
-        run = derive(body, configs, words=words, own=f"Options of {name}", method=name)
+        words, own = (self.name, name), f"Options of {name}"
+        run = derive(body, self.configs(name), words=words, own=own, method=name)
         run.__doc__ = row.summary
         single = typer.Typer(add_completion=False)
         single.command(name, cls=Command)(run)

@@ -33,10 +33,12 @@ class HeadsOutput(WriteOptions):
     PANEL: ClassVar = "Output"
 
     metrics: Path | None = option(
-        None, "File for losses, learning rates and times, one JSON line per step"
+        None, "File for losses, learning rates and times, one JSON line per step", written=True
     )
     plot: Path | None = option(
-        None, "Picture of what --metrics holds, drawn at the end: a .png or .svg file"
+        None,
+        "Picture of what --metrics holds, drawn at the end: a .png or .svg file",
+        written=True,
     )
 
     def validate(self) -> None:

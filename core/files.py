@@ -88,6 +88,10 @@ def replace_nonfinite(value: Any) -> Any:
     return value
 
 
+# File of the cache folder with the draft options that `tune` found.
+TUNED = "tuned.json"
+
+
 def cache_folder() -> Path:
     """Return the folder for what can be made again: spectool's in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool"

@@ -135,21 +135,29 @@ def _threads_reason(threads: int, allowed: processors.Allowed) -> str:
     return "requested, or the default of torch"
 
 
+def describe_hardware() -> dict[str, Any]:
+    """Return the part of the machine's description that needs no torch."""
+    allowed = processors.allowed()
+    return {
+        "processor": processor(),
+        "cores": allowed.installed,
+        "cores_allowed": {"affinity": allowed.affinity, "quota": allowed.quota},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
 def describe() -> dict[str, Any]:
     """Return the machine's description that is stored with every measurement. Imports torch."""
     import torch
 
     threads, allowed = torch.get_num_threads(), processors.allowed()
     description = {
-        "processor": processor(),
-        "cores": allowed.installed,
-        "cores_allowed": {"affinity": allowed.affinity, "quota": allowed.quota},
+        **describe_hardware(),
         "threads": threads,
         "threads_reason": _threads_reason(threads, allowed),
         "spin": processors.spin_settings(os.environ),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
         "versions": {name: version(name) for name in ("spectool", "torch", "transformers")},
     }
     if torch.cuda.is_available():

@@ -26,12 +26,14 @@ def option(
     maximum: float | None = None,
     argument: bool = False,
     switch: bool = False,
+    written: bool = False,
 ) -> Any:
     """Return a field of a `Config` with its default, its help line and the range of a number.
 
     A default of `...` means that a value is required. Numbers are finite, unless `maximum` is inf.
     `argument`: given by its position on the command line. `switch`: a bool with a single flag,
-    which turns the default around; other bools have two flags, `--name` and `--no-name`.
+    which turns the default around; other bools have two flags, `--name` and `--no-name`. `written`:
+    names a file or directory that the command writes; others that are there are read.
     """
     metadata = {
         "help": help,
@@ -39,6 +41,7 @@ def option(
         "maximum": maximum,
         "argument": argument,
         "switch": switch,
+        "written": written,
     }
     if default is ...:
         return dataclasses.field(metadata=metadata)
@@ -70,6 +73,7 @@ class Option:
     maximum: float | None
     argument: bool
     switch: bool
+    written: bool
     panel: str | None
 
     @property
@@ -115,7 +119,7 @@ class Option:
     def words(self, value: Any) -> list[str]:
         """Return the words of a command line that set the option to `value`."""
         if self.argument:
-            return [str(value)]
+            return list(value) if self.repeats else [str(value)]
         if self.type is bool:
             return [self.flag if value or self.switch else self.flag.replace("--", "--no-", 1)]
         given = value if self.repeats else [self.format(value)]

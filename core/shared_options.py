@@ -118,5 +118,5 @@ class WriteOptions(Config):
 
     PANEL: ClassVar = "Output"
 
-    out: Path = option(..., "Directory to write; must not exist", argument=True)
+    out: Path = option(..., "Directory to write; must not exist", argument=True, written=True)
     overwrite: bool = option(False, "Replace OUT once the new one is complete", switch=True)

@@ -42,7 +42,9 @@ class EvalOptions(TextOptions):
         "repeatable; default: auto",
     )
     max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
-    save_reference: Path | None = option(None, "File to write the model's log-probabilities to")
+    save_reference: Path | None = option(
+        None, "File to write the model's log-probabilities to", written=True
+    )
     save_top_k: int = option(
         0,
         "Log-probabilities per position that --save-reference keeps; 0: all (lossless)",

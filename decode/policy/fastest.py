@@ -12,9 +12,7 @@ from typing import Any
 
 from spectool.decode.policy.curve import machine_key
 from spectool.decode.target.base import Target
-from spectool.files import read_cache, write_cache
-
-FILE = "tuned.json"
+from spectool.files import TUNED, read_cache, write_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +32,12 @@ def store_fastest(heads: str, target: Target[Any], found: Fastest) -> None:
     Raises:
         InputError: the cache folder cannot be written.
     """
-    write_cache(FILE, {**read_cache(FILE), _key(heads, target): asdict(found)})
+    write_cache(TUNED, {**read_cache(TUNED), _key(heads, target): asdict(found)})
 
 
 def read_fastest(heads: str, target: Target[Any]) -> Fastest | None:
     """Return the options for heads with this fingerprint, if `tune` found some here."""
-    found = read_cache(FILE).get(_key(heads, target))
+    found = read_cache(TUNED).get(_key(heads, target))
     try:
         return Fastest(**found) if found else None
     except TypeError:

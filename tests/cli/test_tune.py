@@ -13,8 +13,8 @@ import torch
 
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
-from spectool.decode.policy.fastest import FILE, read_fastest
-from spectool.files import cache_folder
+from spectool.decode.policy.fastest import read_fastest
+from spectool.files import TUNED, cache_folder
 
 Spectool = Callable[..., Any]
 
@@ -60,7 +60,7 @@ def test_what_is_found_is_what_drafts(
     # Heads of before held the times of a machine; a damaged file is none.
     old = json.loads(before["spectool_heads.json"]) | {"tuned": {"here": {"nodes": 2}}}
     (heads / "spectool_heads.json").write_text(json.dumps(old))
-    (cache_folder() / FILE).write_text("{")
+    (cache_folder() / TUNED).write_text("{")
     again = Runner(source, draft=str(heads), dtype=torch.float32)
     assert again.drafter.config.nodes == 32  # type: ignore[attr-defined]
 

@@ -1,0 +1,1 @@
+"""Recipes: several commands as one resumable run, their options in one YAML file."""
