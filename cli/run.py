@@ -100,10 +100,12 @@ def _commands() -> dict[str, Command]:
 
 def _shared(body: Verb | Callable[..., None], method: str | None) -> list[type[Config]]:
     """Return the classes of a command's options but the method's own, which needs torch."""
+    command = body
     if isinstance(body, Verb):
         assert method is not None
-        body = body.others.get(method, body.run)
-    return [config for name, config in configs_of(body).items() if name != "config"]
+        command = body.others.get(method, body.run)
+    assert not isinstance(command, Verb)
+    return [config for name, config in configs_of(command).items() if name != "config"]
 
 
 def _all(body: Verb | Callable[..., None], method: str | None) -> list[type[Config]]:
