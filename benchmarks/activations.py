@@ -101,7 +101,9 @@ def divergence(
         context = Context(load, options)
         context.needs |= {"windows", "reference"}
         assert context.scores.activations == activations
-        total, tokens = total + context.scores.kl, tokens + context.scores.num_tokens
+        scores = context.scores
+        total += scores.mean("kl") * scores.num_tokens
+        tokens += scores.num_tokens
     return total / tokens, tokens
 
 

@@ -43,7 +43,7 @@ from spectool.data.template import encode
 from spectool.data.text import read_text
 from spectool.data.windows import Batch, Windows, cut
 from spectool.errors import UsageError
-from spectool.evaluate.fidelity import score
+from spectool.evaluate.fidelity import LogProbsReference, score
 from spectool.evaluate.log_probs import ResidentLogProbs
 from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
@@ -125,22 +125,12 @@ class Original:
     def __init__(self, windows: Windows, probs: Callable[[Batch], Tensor], vocabulary: int) -> None:
         self.log_probs = {_key(b): probs(b) for b in windows.batches(vocabulary)}
 
-    def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        """See `spectool.evaluate.fidelity.Reference.compare`."""
-        ref_BLV = self.log_probs[_key(batch)]
-        kl = torch.nn.functional.kl_div(logp_BLV, ref_BLV, reduction="sum", log_target=True)
-        same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
-        return float(-_sum_next_tokens(batch, ref_BLV).sum()), float(kl), same
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.log_probs[_key(batch)]
 
 
 def _key(batch: Batch) -> tuple[int, int]:
     return batch.group, batch.rows.start
-
-
-def _sum_next_tokens(batch: Batch, logp_BLV: Tensor) -> Tensor:
-    """Sum the log-probabilities of each window's tokens [B]."""
-    next_BL1 = batch.ids_BL[:, 1:, None]
-    return logp_BLV.gather(-1, next_BL1).double().sum((1, 2))
 
 
 def measure(model: str, calibration: str, window: int, texts: Sequence[str], given: Any) -> None:
@@ -198,7 +188,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 packed = spectool.load(out, dtype="float32", runtime="dense")
                 rows += _score(sides, ResidentLogProbs(packed), vocabulary, record)
             header = {"benchmark": "fidelity", "machine": describe(), "model": Path(model).name}
-            counts = {text: _count_tokens(windows) for text, (windows, _) in sides.items()}
+            counts = {text: windows.counts().tolist() for text, (windows, _) in sides.items()}
             write(given.out, {**header, "window_tokens": counts, "rows": rows})
             print(name, options, seed, f"{record['seconds']:.0f} s", flush=True)
 
@@ -227,29 +217,22 @@ def _score(
     """Score a model on each text; return a row per text, which extends `record`."""
     rows = []
     for text, (windows, original) in sides.items():
-        nll: list[float] = []
-
-        def sink(batch: Batch, logp_BLV: Tensor, nll: list[float] = nll) -> None:
-            nll += (-_sum_next_tokens(batch, logp_BLV)).tolist()
-
-        scores = score(windows, probs, vocabulary, reference=original, sink=sink)
-        assert scores.kl is not None and scores.same_top is not None
+        scores = score(windows, probs, vocabulary, reference=LogProbsReference(original))
+        nll = [
+            float(part.double().sum())
+            for part in scores.figures["nll"].split(windows.counts().tolist())
+        ]
         rows.append(
             {
                 **record,
                 "text": text,
                 "perplexity": scores.perplexity,
-                "kl": scores.kl / scores.num_tokens,
-                "top1_agreement": scores.same_top / scores.num_tokens,
+                "kl": scores.mean("kl"),
+                "top1_agreement": scores.mean("same_top"),
                 "window_nll": [round(value, 3) for value in nll],
             }
         )
     return rows
-
-
-def _count_tokens(windows: Windows) -> list[int]:
-    """Return the number of scored tokens of each window."""
-    return [ids_SL.shape[1] - 1 for ids_SL in windows.groups for _ in ids_SL]
 
 
 class Point:

@@ -242,7 +242,7 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
         f"{measured['reference']['perplexity']:.2f}",
         f"{measured['perplexity']['value']:.2f}",
     )
-    table.add_row("same top token", "", f"{measured['top1_agreement']:.1%}")
+    table.add_row("same top token", "", f"{measured['top1_agreement']['value']:.1%}")
     for index, name in enumerate(("plain", "ngram", "heads", "heads of packed")):
         cells = []
         for run in (original, packed):

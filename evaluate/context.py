@@ -35,7 +35,13 @@ from spectool.decode.generate import Runner
 from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
-from spectool.evaluate.fidelity import LogProbsReference, Scores, StoredReference, score
+from spectool.evaluate.fidelity import (
+    LogProbsReference,
+    Reference,
+    Scores,
+    StoredReference,
+    score,
+)
 from spectool.evaluate.log_probs import (
     BlockwiseLogProbs,
     CachedLogProbs,
@@ -157,7 +163,7 @@ class Context:
                 path, top_k = options.save_reference, options.save_top_k
                 opened = LogProbsWriter(path, windows, self.vocabulary, top_k=top_k)
                 writer = stack.enter_context(opened)
-            reference: LogProbsReference | StoredReference | None = None
+            reference: Reference | None = None
             if "reference" in self.needs:
                 if isinstance(self.reference, Checkpoint):
                     reference = LogProbsReference(self._open_log_probs(self.reference))
@@ -174,7 +180,8 @@ class Context:
                 reporter=self.reporter,
             )
             scores.activations = log_probs.activations
-            for name, value in {"perplexity": scores.perplexity, "KL": scores.kl}.items():
+            kl = scores.mean("kl") if reference is not None else 0.0
+            for name, value in {"perplexity": scores.perplexity, "KL": kl}.items():
                 if not math.isfinite(value):
                     raise NotFinite(
                         f"{self.checkpoint.name}: {name} is {value}: the logits are finite, but "

@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from typing import Any
 
 from spectool.errors import UsageError
 from spectool.evaluate.measures.base import Measure
@@ -46,12 +46,21 @@ class Gate:
     def check(self, results: Sequence[Measure]) -> Checked:
         """Compare the metric, which one of the results has."""
         (result,) = (each for each in results if self.metric in each.metrics())
-        return self.judge(float(reduce(getattr, self.metric.split("."), result)))  # type: ignore[arg-type]
+        return self.judge(float(_read(result, self.metric)))
 
     def judge(self, value: float) -> Checked:
         """Compare the metric's value with the bound."""
         holds = not math.isnan(value) and COMPARE[self.sign](value, self.bound)
         return Checked(self.expression, value, bool(holds))
+
+
+def _read(result: object, metric: str) -> Any:
+    """Return a metric by its dotted name; NaN where the run could not measure it."""
+    for name in metric.split("."):
+        result = getattr(result, name)
+        if result is None:
+            return math.nan
+    return result
 
 
 def parse_gates(expressions: Sequence[str], known: Sequence[str]) -> list[Gate]:

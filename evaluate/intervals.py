@@ -31,7 +31,14 @@ class Interval:
     upper: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.lower:.4g}, {self.upper:.4g}]"
+        return format(self, ".4g")
+
+    def __format__(self, spec: str) -> str:
+        """Write the value, and the interval if there is one, all by one format of numbers."""
+        value = format(self.value, spec)
+        if math.isnan(self.lower):
+            return value
+        return f"{value} [{format(self.lower, spec)}, {format(self.upper, spec)}]"
 
 
 def bootstrap(

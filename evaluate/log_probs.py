@@ -29,7 +29,7 @@ HIDDEN_IN_MEMORY = 4 << 30
 
 
 class ResidentLogProbs:
-    """Log-probabilities [B, L - 1, V] of each next token of a batch, by a model in memory."""
+    """Log-probabilities [B, L, V] of a batch's scored tokens, by a model in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.activations = model, precision_of(model)
@@ -38,7 +38,7 @@ class ResidentLogProbs:
     def __call__(self, batch: Batch) -> Tensor:
         ids_BL = batch.ids_BL.to(self.model.device)
         logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
-        return log_probs(logits_BLV)
+        return log_probs(logits_BLV, batch)
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
         """Make the error for NaN or infinite scores, which names the first module that has them."""
@@ -57,7 +57,8 @@ class CachedLogProbs(ResidentLogProbs):
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         drafts = [tree.chain(row, kind="deterministic") for row in batch.ids_BL.tolist()]
-        return log_probs(self._target.verify(self._target.cache(len(drafts)), drafts).logits_BNV)
+        step = self._target.verify(self._target.cache(len(drafts)), drafts)
+        return log_probs(step.logits_BNV, batch)
 
 
 class BlockwiseLogProbs:
@@ -119,7 +120,7 @@ class BlockwiseLogProbs:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
-        return log_probs(self.shell.logits(batch.ids_BL, hidden_BLD))
+        return log_probs(self.shell.logits(batch.ids_BL, hidden_BLD), batch)
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
         """See `ResidentLogProbs.not_finite`."""
@@ -136,9 +137,9 @@ def _zero_probability(name: str, what: str) -> NotFinite:
     return NotFinite(f"{name}: {what}: the model gives some of its tokens no probability at all")
 
 
-def log_probs(logits_BLV: Tensor) -> Tensor:
-    """Return log-probabilities [B, L - 1, V] in float32, without the last position's."""
-    return torch.log_softmax(logits_BLV[:, :-1].float(), -1)
+def log_probs(logits_BLV: Tensor, batch: Batch) -> Tensor:
+    """Return the log-probabilities [B, L, V] of the scored tokens in float32."""
+    return torch.log_softmax(logits_BLV[:, -1 - batch.scored : -1].float(), -1)
 
 
 def resident_bytes(layout: Layout, dtype: torch.dtype) -> int:

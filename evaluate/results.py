@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 
 def as_json(result: Any) -> Any:
@@ -22,8 +23,12 @@ def as_json(result: Any) -> Any:
 
 
 def number_names(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the numbers among a dataclass's fields."""
+    """Yield the dotted names of the numbers among a dataclass's fields.
+
+    Those that may be None are named too: a run may be unable to measure them.
+    """
     for name, hint in get_type_hints(kind).items():
+        (hint,) = {*get_args(hint)} - {NoneType} if NoneType in get_args(hint) else (hint,)
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from number_names(hint, f"{prefix}{name}.")
         elif hint in (int, float):

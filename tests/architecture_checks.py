@@ -158,7 +158,7 @@ def blockwise(subject: Subject) -> dict[str, float]:
     """Log-probabilities block by block are transformers' own."""
     probs_BLV = logits_by_block(subject.place, subject.ids_BL)
     subject.walks = True
-    return {"difference": same(probs_BLV, log_probs(subject.logits_BLV))}
+    return {"difference": same(probs_BLV, log_probs(subject.logits_BLV, whole(subject.ids_BL)))}
 
 
 def logits_by_block(place: Path, ids_BL: Tensor) -> Tensor:
@@ -170,7 +170,13 @@ def logits_by_block(place: Path, ids_BL: Tensor) -> Tensor:
         device=torch.device("cpu"),
         activations="exact",
     )
-    return log_probs_of(Batch(0, slice(0, len(ids_BL)), ids_BL))
+    return log_probs_of(whole(ids_BL))
+
+
+def whole(ids_BL: Tensor) -> Batch:
+    """Texts as one batch of windows."""
+    (batch,) = Windows((ids_BL,), ids_BL.shape[1], None).batches(1, batch_size=len(ids_BL))
+    return batch
 
 
 def int8(subject: Subject) -> dict[str, float]:
@@ -185,7 +191,8 @@ def int8(subject: Subject) -> dict[str, float]:
     same(forward(dense, subject.ids_BL), logits_BLV, "packed and unpacked")
     if subject.walks:
         probs_BLV = logits_by_block(out, subject.ids_BL)
-        same(probs_BLV, log_probs(logits_BLV), "packed, whole and by block")
+        ours_BLV = log_probs(logits_BLV, whole(subject.ids_BL))
+        same(probs_BLV, ours_BLV, "packed, whole and by block")
     return metrics
 
 
@@ -195,7 +202,7 @@ def gptq(subject: Subject) -> dict[str, float]:
     source = open_checkpoint(subject.place)
     worst = max(layer_errors(open_checkpoint(out), source), key=lambda layer: layer.error)
     if not worst.error <= FOUR_BITS_MATRIX:
-        raise DifferenceError(f"{worst.name} is {worst['error']:.2f} off its source, squared")
+        raise DifferenceError(f"{worst.name} is {worst.error:.2f} off its source, squared")
     metrics["matrix"] = round(worst.error, 4)
     logits_BLV = forward(spectool.load(out, dtype="float32"), subject.ids_BL)
     metrics["error"] = close(logits_BLV, subject.logits_BLV, FOUR_BITS_LOGITS)

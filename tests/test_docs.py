@@ -74,7 +74,7 @@ def test_the_output_that_the_readme_shows_is_what_comes(
     text = (ROOT / "README.md").read_text()
     (packed,) = re.findall(r"^packed: .*$", text, re.MULTILINE)
     assert packed in found
-    for name in ("perplexity", "perplexity ratio", "top-1 agreement"):
+    for name in ("perplexity", "perplexity ratio", "same top token"):
         claimed, measured = (
             float(re.findall(rf"^{name}: ([\d.]+)", each, re.MULTILINE)[0])
             for each in (text, found)

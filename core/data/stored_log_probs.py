@@ -82,7 +82,7 @@ class LogProbsWriter:
         self.files = {name: part.open("wb") for name, part in self.parts.items()}
 
     def add(self, batch: Batch, logp_BLV: Tensor) -> None:
-        """Write a batch's log-probabilities [B, L - 1, V]."""
+        """Write the log-probabilities [B, L, V] of a batch's scored tokens."""
         flat = logp_BLV.cpu().clamp(min=LOWEST).reshape(-1, logp_BLV.shape[-1])
         self.num_rows += len(flat)
         with disk_errors(self.path):
@@ -92,7 +92,7 @@ class LogProbsWriter:
             values, tokens = flat.topk(self.kept, dim=-1)
             _write(self.files["logp"], values)
             _write(self.files["top"], tokens.to(torch.int32))
-            _write(self.files["chosen"], flat.gather(-1, batch.ids_BL[:, 1:].reshape(-1, 1))[:, 0])
+            _write(self.files["chosen"], flat.gather(-1, batch.next_ids[:, None])[:, 0])
 
     def finish(self, *, source: str, tokenizer: str) -> None:
         """Assemble the parts into the file; see `Record`."""
@@ -185,17 +185,17 @@ class StoredLogProbs:
         return rows
 
 
-def sum_kept_kl(ref_RK: Tensor, logp_RV: Tensor, kept_RK: Tensor) -> Tensor:
-    """Sum KL(reference || model) of the K tokens kept, and of all others as one event.
+def kept_kl(ref_RK: Tensor, logp_RV: Tensor, kept_RK: Tensor) -> Tensor:
+    """Return KL(reference || model) [R] of the K tokens kept, and of all others as one event.
 
     `kept_RK` are the tokens of the reference's log-probabilities, `logp_RV` those of the model.
     """
-    kept = (ref_RK.exp() * (ref_RK - logp_RV.gather(-1, kept_RK))).sum()
+    kept_R = (ref_RK.exp() * (ref_RK - logp_RV.gather(-1, kept_RK))).sum(-1)
     if kept_RK.shape[-1] == logp_RV.shape[-1]:
-        return kept
+        return kept_R
     p_R = (1 - ref_RK.double().exp().sum(-1)).clamp(min=0)
     # As a sum of the others: 1 minus the sum of the kept ones would be mostly rounding.
     others_RV = logp_RV.scatter(-1, kept_RK, -torch.inf)
     log_q_R = others_RV.logsumexp(-1).double().clamp(min=math.log(1e-30))
     rest_R = torch.where(p_R > 0, p_R * (p_R.clamp(min=1e-30).log() - log_q_R), 0.0)
-    return kept + rest_R.sum()
+    return kept_R + rest_R

@@ -1,9 +1,13 @@
 """Windows of a text.
 
-Windows do not overlap. Without a BOS token (the common protocol, used by published tables) each
-window holds L tokens of the text, of which L - 1 are scored; the text's rest is dropped. With a BOS
-token each window starts with it and holds L - 1 tokens of the text, all of which are scored; the
-last window may be shorter.
+Without a stride, windows do not overlap. Without a BOS token (the common protocol, used by
+published tables) each window holds L tokens of the text, of which L - 1 are scored; the text's rest
+is dropped. With a BOS token each window starts with it and holds L - 1 tokens of the text, all of
+which are scored; the last window may be shorter.
+
+With a stride, each window begins that many tokens after the one before, and of its tokens those are
+scored that no earlier window held, so that they are read after more of the text. The first window
+is scored as above, and the text's rest is a shorter last window.
 
 Shapes: S windows, B of a batch, L tokens of each.
 """
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectool.errors import TextError
+from spectool.errors import TextError, UsageError
 
 # Logits of one batch take at most about this much.
 LOGITS_BYTES = 1 << 28
@@ -24,40 +28,83 @@ LOGITS_BYTES = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Windows of one length: the index of their group, their rows in it, and their ids [B, L]."""
+    """Windows of one length: the index of their group, their rows in it, and their ids [B, L].
+
+    `scored`: the number of tokens at the end of each window that are scored.
+    """
 
     group: int
     rows: slice
     ids_BL: Tensor
+    scored: int
+
+    @property
+    def next_ids(self) -> Tensor:
+        """The scored tokens [B * scored], window by window."""
+        return self.ids_BL[:, -self.scored :].flatten()
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Windows of a text, grouped by length (one group, or two with a shorter last window)."""
+    """Windows of a text, in groups of one length and one number of scored tokens, in order.
+
+    `stride`: tokens between the starts of windows that overlap; None: they do not.
+    """
 
     groups: tuple[Tensor, ...]
     length: int
     bos: int | None
+    stride: int | None = None
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """How many tokens at the end of a window are scored, for each group.
+
+        All but the first; of a window that overlaps, those that no earlier window held.
+        """
+        counts = [ids_SL.shape[1] - 1 for ids_SL in self.groups]
+        if self.stride is None:
+            return tuple(counts)
+        # Held before: what a full window has beyond the stride, and a start token.
+        held = self.length - self.stride
+        return (counts[0], *(1 + count - held for count in counts[1:]))
 
     @property
     def num_tokens(self) -> int:
         """Count the scored tokens."""
-        return sum(len(ids_SL) * (ids_SL.shape[1] - 1) for ids_SL in self.groups)
+        return sum(len(ids) * count for ids, count in zip(self.groups, self.scored, strict=True))
+
+    def counts(self) -> Tensor:
+        """Return the number of scored tokens [S] of each window."""
+        groups = zip(self.groups, self.scored, strict=True)
+        return torch.cat([torch.full((len(ids_SL),), scored) for ids_SL, scored in groups])
+
+    def positions(self) -> Tensor:
+        """Return the place [N] in its window of each scored token; the first token has 0."""
+        groups = zip(self.groups, self.scored, strict=True)
+        places = ((torch.arange(ids.shape[1])[-scored:], len(ids)) for ids, scored in groups)
+        return torch.cat([place_L.repeat(count) for place_L, count in places])
+
+    def tokens(self) -> Tensor:
+        """Return the scored tokens [N]."""
+        groups = zip(self.groups, self.scored, strict=True)
+        return torch.cat([ids_SL[:, -scored:].flatten() for ids_SL, scored in groups])
 
     def batches(self, vocabulary: int, *, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield all windows in order, by default in batches with logits of up to LOGITS_BYTES."""
-        for group, ids_SL in enumerate(self.groups):
+        for group, (ids_SL, scored) in enumerate(zip(self.groups, self.scored, strict=True)):
             size = batch_size or max(1, LOGITS_BYTES // (4 * vocabulary * ids_SL.shape[1]))
             for start in range(0, len(ids_SL), size):
                 rows = slice(start, min(start + size, len(ids_SL)))
-                yield Batch(group, rows, ids_SL[rows])
+                yield Batch(group, rows, ids_SL[rows], scored)
 
 
-def cut(ids: list[int], *, length: int, bos: int | None) -> Windows:
+def cut(ids: list[int], *, length: int, bos: int | None, stride: int | None = None) -> Windows:
     """Cut a text into windows of `length` tokens; `bos` is the BOS token's id, None without one.
 
     Raises:
         TextError: the text does not fill one window.
+        UsageError: the stride is more than the tokens of a window.
     """
     inside = length - (bos is not None)
     if len(ids) < inside or inside < 1:
@@ -65,11 +112,32 @@ def cut(ids: list[int], *, length: int, bos: int | None) -> Windows:
             f"the text has {len(ids)} tokens, fewer than one window of {length}",
             hint="give a longer text, or a smaller --window",
         )
+    if stride is not None:
+        if stride > inside:
+            raise UsageError(f"--stride {stride}: a window has {inside} tokens of the text")
+        return _overlap(ids, inside, bos, stride)
     whole = len(ids) // inside
     rows_SL = torch.tensor(ids[: whole * inside]).view(whole, inside)
-    if bos is None:
-        return Windows((rows_SL,), length, None)
-    groups = [torch.cat([torch.full((whole, 1), bos), rows_SL], 1)]
-    if len(ids) % inside:
-        groups.append(torch.tensor([[bos, *ids[whole * inside :]]]))
+    groups = [_open(rows_SL, bos)]
+    if bos is not None and len(ids) % inside:
+        groups.append(_open(torch.tensor([ids[whole * inside :]]), bos))
     return Windows(tuple(groups), length, bos)
+
+
+def _overlap(ids: list[int], inside: int, bos: int | None, stride: int) -> Windows:
+    """Cut windows of `inside` tokens whose starts are `stride` tokens apart."""
+    ids_N = torch.tensor(ids)
+    rows_SL = ids_N.unfold(0, inside, stride)
+    groups = [rows_SL[:1], rows_SL[1:]]
+    start = len(rows_SL) * stride
+    if start + inside - stride < len(ids):
+        groups.append(ids_N[None, start:])
+    found = tuple(_open(part, bos) for part in groups if len(part))
+    return Windows(found, inside + (bos is not None), bos, stride)
+
+
+def _open(rows_SL: Tensor, bos: int | None) -> Tensor:
+    """Put the BOS token before each window."""
+    if bos is None:
+        return rows_SL
+    return torch.cat([torch.full((len(rows_SL), 1), bos), rows_SL], 1)

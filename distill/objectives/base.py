@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.checkpoint.trained import write_trained
-from spectool.data.stored_log_probs import sum_kept_kl
+from spectool.data.stored_log_probs import kept_kl
 from spectool.distill.data.samples import HasTokens, Sample, pad
 from spectool.distill.objective import Objective, seeded
 from spectool.distill.processes import ALONE, Processes, whole
@@ -73,7 +73,7 @@ class LossBatch:
             return nats, None
         if self.kept_RV is not None:
             logp_RV = logits_BLV[self.mask_BL].log_softmax(-1)
-            kl = sum_kept_kl(self.teacher_RV, logp_RV, self.kept_RV)
+            kl = kept_kl(self.teacher_RV, logp_RV, self.kept_RV).sum()
             return nats, (kl / self.total).float()
         # Models of one tokenizer may pad its vocabulary differently.
         size = min(self.teacher_RV.shape[-1], logits_BLV.shape[-1])

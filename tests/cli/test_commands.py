@@ -172,13 +172,13 @@ def test_eval_compares_and_gates(
     done = spectool(*words, "--gate", "perplexity_ratio<=100", "--json")
     assert done.code == 0, done.err
     result = done.json
-    named = {"value", "tokens", "window", "bos", "activations", "kv"}
-    assert named == result["perplexity"].keys()
+    named = {"value", "lower", "upper", "tokens", "window", "bos", "activations", "kv"}
+    assert named | {"by_position", "by_frequency"} == result["perplexity"].keys()
     assert {"reference", "perplexity_ratio", "kl", "top1_agreement", "gates"} <= result.keys()
     assert result["gates"] == [
         {
             "expression": "perplexity_ratio<=100",
-            "value": result["perplexity_ratio"],
+            "value": result["perplexity_ratio"]["value"],
             "holds": True,
         }
     ]
@@ -195,7 +195,7 @@ def test_eval_compares_and_gates(
     file = tmp_path / "reference"
     words = ["eval", checkpoint("llama"), "--text", text, "--window", 32]
     assert spectool(*words, "--save-reference", file, "--bos").code == 0
-    assert spectool("eval", packed, "--reference", file, "--json").json["kl"] > 0
+    assert spectool("eval", packed, "--reference", file, "--json").json["kl"]["value"] > 0
 
 
 def test_generate_from_options_file_and_stdin(

@@ -43,8 +43,8 @@ def test_eval_measures_what_the_store_loses(
     text.write_text(text.read_text()[:1000])
     words = ["eval", model, "--text", text, "--window", 32, "--reference", model, "--json"]
     exact, rounded = spectool(*words).json, spectool(*words, "--kv", "int8").json
-    assert exact["kl"] == 0 and exact["perplexity"]["kv"] == "dense"
-    assert 0 < rounded["kl"] < 1e-3 and rounded["perplexity"]["kv"] == "int8"
+    assert exact["kl"]["value"] == 0 and exact["perplexity"]["kv"] == "dense"
+    assert 0 < rounded["kl"]["value"] < 1e-3 and rounded["perplexity"]["kv"] == "int8"
     refused = spectool(*words, "--kv", "int8", "--blockwise")
     assert refused.code == 2 and "--kv int8 needs the whole model" in refused.err
 

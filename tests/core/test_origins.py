@@ -183,6 +183,6 @@ def _assert_blockwise(path: Path, wanted_BLV: Tensor) -> None:
     log_probs = BlockwiseLogProbs(
         open_checkpoint(path), windows, dtype=torch.float32, device=torch.device("cpu")
     )
-    found_BLV = log_probs(Batch(0, slice(0, 1), IDS_BL))
+    found_BLV = log_probs(Batch(0, slice(0, 1), IDS_BL, IDS_BL.shape[1] - 1))
     wanted_BLV = torch.log_softmax(wanted_BLV[:, :-1].float(), -1)
     torch.testing.assert_close(found_BLV, wanted_BLV, rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
-from spectool.data.stored_log_probs import sum_kept_kl
+from spectool.data.stored_log_probs import kept_kl
 from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.logits import Logits
 from spectool.distill.stored_teacher import StoredTeacher
@@ -98,7 +98,7 @@ def test_a_small_rest_of_the_student_has_a_gradient() -> None:
     """A rest of 1e-9, which 1 minus float32 probabilities cannot tell from nothing."""
     logits_RV = torch.tensor([[21.0, 0.0, 0.0]], requires_grad=True)
     ref_RK, kept_RK = torch.tensor([[0.9]]).log(), torch.tensor([[0]])
-    kl = sum_kept_kl(ref_RK, logits_RV.log_softmax(-1), kept_RK)
+    kl = kept_kl(ref_RK, logits_RV.log_softmax(-1), kept_RK).sum()
     rest = 2 * math.exp(-21) / (1 + 2 * math.exp(-21))
     expected = 0.9 * math.log(0.9) + 0.1 * math.log(0.1 / rest)
     assert float(kl.detach()) == pytest.approx(expected, rel=1e-5)
@@ -122,7 +122,7 @@ def test_a_file_trains_as_its_model_does(
     for model in (source, tmp_path / "out"):
         compared = run("eval", model, "--reference", file, "--dtype", "float32", "--json")
         assert compared.exit_code == 0, compared.output
-        kl.append(json.loads(compared.stdout)["kl"])
+        kl.append(json.loads(compared.stdout)["kl"]["value"])
     assert kl[1] < 0.8 * kl[0]
 
 

@@ -19,7 +19,7 @@ class TableLogProbs:
         self.logp_VV = torch.log_softmax(torch.randn(self.size, self.size, generator=generator), -1)
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.logp_VV[batch.ids_BL[:, :-1]]
+        return self.logp_VV[batch.ids_BL[:, -1 - batch.scored : -1]]
 
 
 @pytest.fixture
