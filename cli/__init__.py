@@ -27,6 +27,7 @@ from spectool.cli import (
     run,
     tune,
 )
+from spectool.cli.audit import AUDIT
 from spectool.cli.by_method import Verb
 from spectool.cli.derive import Command, configs_of, derive
 from spectool.cli.distill import DISTILL
@@ -35,10 +36,10 @@ from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
 
 # Commands as `--help` lists them, in the order of the pipeline.
-PANELS: dict[str, dict[str, Verb | Callable[..., None]]] = {
+PANELS: dict[str, dict[str, Verb | typer.Typer | Callable[..., None]]] = {
     "Compress": {"quantize": QUANTIZE, "distill": DISTILL},
     "Accelerate": {"train-heads": TRAIN_HEADS, "tune": tune.tune},
-    "Measure": {"eval": evaluate.evaluate, "bench": bench.bench},
+    "Measure": {"eval": evaluate.evaluate, "bench": bench.bench, "audit": AUDIT},
     "Run": {
         "generate": generate.generate,
         "chat": chat.chat,
@@ -92,6 +93,8 @@ for panel, commands in PANELS.items():
     for name, command in commands.items():
         if isinstance(command, Verb):
             app.add_typer(command.application(), name=name, rich_help_panel=panel)
+        elif isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
         else:
             line = (command.__doc__ or "").removesuffix(".")
             derived = derive(command, configs_of(command), words=(name,))

@@ -43,6 +43,9 @@ def reference() -> str:
     for name in root.list_commands(None):
         if name in verbs:
             lines += [f"### spectool {name} METHOD", "", *_verb(*verbs[name])]
+        elif hasattr(root.commands[name], "commands"):
+            for part, command in root.commands[name].commands.items():
+                lines += [f"### spectool {name} {part}", "", *_command(command)]
         else:
             lines += [f"### spectool {name}", "", *_command(root.commands[name])]
     lines += ["## Quantizers", ""]
