@@ -28,6 +28,7 @@ from spectool.decode.target.masks import list_windows, tree_mask
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
 from spectool.kernels.registry import use_kernels
+from spectool.model.experts import choose_experts, release_experts
 from spectool.model.kernels import attach_kernels, has_products
 
 
@@ -259,6 +260,7 @@ class AttentionTarget(Target[TreeCache]):
             layers: list[Any] = list(self.layers())
         except UnsupportedError:
             return
+        release_experts(self.model)
         if self.forward == "modules" or self.seq2seq:
             release_layers(layers)
             return
@@ -278,6 +280,7 @@ class AttentionTarget(Target[TreeCache]):
                 trees = [Draft([0, 1, 0, 1], [-1, 0, 0, 1]), Draft([1, 0, 1], [-1, 0, 1])]
                 self.verify(cache, trees)
 
+        choose_experts(self.model)
         self.unfused = fuse_layers(layers, self.model, probe)
         self.num_fused = len(layers) - sum(self.unfused.values())
         if self.num_fused:
@@ -285,7 +288,9 @@ class AttentionTarget(Target[TreeCache]):
             self.kernels = attach_kernels(self.model, self.dtype, any_rows=True)
         head = self.model.get_output_embeddings()
         has_kernel = getattr(head, "product", None) is not None
-        if has_kernel and not self.unfused and all(layer.fused.rest is None for layer in layers):
+        rests = [layer.fused.rest for layer in layers] if not self.unfused else []
+        is_fused = has_kernel and not self.unfused
+        if is_fused and all(rest is None or rest.rows_are_independent for rest in rests):
             self.rows_are_independent = True
             # Nothing large is left to torch.
             self._few_rows = sys.maxsize
