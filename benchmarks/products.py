@@ -1,7 +1,7 @@
 """Time products with packed matrices against other libraries' and against the processor's limits.
 
     python benchmarks/products.py [--ggml FOLDER] [--formats rtn4,...] [--shapes 4096x4096,...]
-        [--threads 1,2] [--rows 1,8,32,64] [--activations int8,exact] [--out …/results/…json]
+        [--threads 1,2] [--rows 1,8,32,64] [--activations int8,int16,exact] [--out …/results/…json]
 
 Shapes are outputs x inputs. FOLDER holds libggml-base.so and libggml-cpu.so, by default those of an
 installed llama-cpp-python. Matrices are a ring larger than four last-level caches. Ways to multiply
@@ -65,7 +65,7 @@ MOST_OVER_FLOOR = 1.4
 class Format:
     """One of our formats, its peers, and the ratios to the fastest of them that are the goal.
 
-    `goals` are for activations rounded to int8, by number of rows; `exact`, for exact ones, and
+    `goals` are for activations rounded to int8, by number of rows; `exact`, for others, and
     against NF4 only.
     """
 
@@ -106,7 +106,7 @@ class OurRing(CallRing):
     held_bytes: int
 
     def __init__(self, format: str, precision: Precision, dtype: torch.dtype, setup: Setup) -> None:
-        kind: Instruction = "int8" if precision == "int8" else "float32"
+        kind: Instruction = "float32" if precision == "exact" else "int8"
         super().__init__(f"ours {precision}", kind, setup)
         self.precision, self.dtype = precision, dtype
         weight_nm = torch.randn(self.shape, generator=setup.generator)
@@ -118,7 +118,7 @@ class OurRing(CallRing):
     def _fill_dense(self, weight_nm: Tensor) -> None:
         """Make the products with a dense matrix."""
         if self.precision != "exact":
-            raise LookupError("dense: no product with int8 activations")
+            raise LookupError(f"dense: no product with {self.precision} activations")
         if self.dtype == torch.bfloat16:
             self.instruction = "bfloat16"
 
@@ -246,7 +246,7 @@ def compare(
         if not isinstance(ring, OurRing):
             continue
         goals, rivals = format.goals, [each for each in rings if not isinstance(each, OurRing)]
-        if ring.precision == "exact":
+        if ring.precision != "int8":
             goals = format.exact
             if goals:
                 # NF4's product does not round activations to int8 either.
@@ -265,7 +265,9 @@ def _figures(ring: Ring, rows: int, timing: Timing, limits: Peaks) -> dict[str, 
     n, m = ring.shape
     ms = 1e3 * statistics.median(timing.seconds[ring.name])
     read = 1e3 * ring.num_bytes / limits.read
-    multiply = 1e3 * rows * n * m / limits.multiply[ring.instruction]
+    # Activations of 16 bits are multiplied as two of 8.
+    parts = 2 if isinstance(ring, OurRing) and ring.precision == "int16" else 1
+    multiply = 1e3 * rows * parts * n * m / limits.multiply[ring.instruction]
     return {
         "ms": ms,
         "bits": 8 * ring.num_bytes / (n * m),
@@ -347,7 +349,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shapes", type=listed(shape), default=[(4096, 4096), (11008, 4096)])
     add("--threads", type=listed(int), default=[1, 2])
     add("--rows", type=listed(int), default=[1, 8, 32, 64])
-    add("--activations", type=listed(str), default=["int8", "exact"])
+    add("--activations", type=listed(str), default=["int8", "int16", "exact"])
     add("--dtype", choices=DTYPES, default="bfloat16", help="of our activations")
     add("--rounds", type=int, default=ROUNDS)
     add("--cache-bytes", type=int, help="last-level cache; by default as the system reports it")

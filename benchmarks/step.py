@@ -1,7 +1,8 @@
 """Measure a whole step of decoding beside llama.cpp and transformers, at equal shapes and bits.
 
     python benchmarks/step.py --llama FOLDER [--models 400M 1.1B] [--bits 16 8 4 2 1.6 32]
-        [--busy 0 1] [--forward modules fused] [--work DIR] [--out FILE.json]
+        [--busy 0 1] [--forward modules fused] [--activations int16 int8] [--work DIR]
+        [--out FILE.json]
 
 FOLDER holds the packages `llama_cpp` and `gguf`, as llama-cpp-python is installed. The models are
 Llamas with random weights, 2048 wide, written for transformers and as GGUF; the time of a step does
@@ -55,7 +56,7 @@ class Engine(ABC):
 
 
 class Ours(Engine):
-    def __init__(self, path: str, threads: int, dtype: str, forward: str) -> None:
+    def __init__(self, path: str, threads: int, dtype: str, forward: str, how: str) -> None:
         import torch
 
         from spectool.checkpoint.tensors import open_checkpoint
@@ -64,7 +65,8 @@ class Ours(Engine):
         from spectool.model.loading import load_model
 
         torch.set_num_threads(threads)
-        model = load_model(open_checkpoint(path), dtype=getattr(torch, dtype))
+        checkpoint = open_checkpoint(path)
+        model = load_model(checkpoint, dtype=getattr(torch, dtype), activations=how)
         self.runner = Runner(model, **({"forward": forward} if forward else {}))
         self.chain = chain(PROMPT[:ROWS], kind="deterministic")
 
@@ -88,7 +90,7 @@ class Ours(Engine):
 
 
 class Transformers(Engine):
-    def __init__(self, path: str, threads: int, dtype: str, forward: str) -> None:
+    def __init__(self, path: str, threads: int, dtype: str, forward: str, how: str) -> None:
         import torch
         from transformers import LlamaForCausalLM
 
@@ -123,7 +125,7 @@ class Transformers(Engine):
 
 
 class LlamaCpp(Engine):
-    def __init__(self, path: str, threads: int, dtype: str, forward: str) -> None:
+    def __init__(self, path: str, threads: int, dtype: str, forward: str, how: str) -> None:
         import numpy
 
         self.numpy = numpy
@@ -192,8 +194,8 @@ def repeat(step: Callable[[], object], count: int) -> float:
 
 def serve(engine: str, *options: str) -> None:
     """Answer each line `METHOD ARGUMENTS` of the standard input with a time."""
-    path, threads, dtype, forward = options
-    opened = ENGINES[engine](path, int(threads), dtype, forward)
+    path, threads, dtype, forward, how = options
+    opened = ENGINES[engine](path, int(threads), dtype, forward, how)
     print("ready", flush=True)
     for line in sys.stdin:
         name, *arguments = line.split()
@@ -201,14 +203,19 @@ def serve(engine: str, *options: str) -> None:
 
 
 class Column:
-    """One engine with one model, in a process of its own."""
+    """One engine with one model, in a process of its own.
 
-    def __init__(self, name: str, path: Path, dtype: str, forward: str, given: Any) -> None:
+    `how`: the activations of our products.
+    """
+
+    def __init__(
+        self, name: str, path: Path, given: Any, dtype: str = "", forward: str = "", how: str = ""
+    ) -> None:
         self.name, self.forward = name, forward
         files = [path] if path.is_file() else path.glob("*.safetensors")
         self.bytes = sum(file.stat().st_size for file in files)
         engine = name.split()[0]
-        words = ["--serve", engine, str(path), str(given.threads), dtype, forward]
+        words = ["--serve", engine, str(path), str(given.threads), dtype, forward, how]
         found = os.pathsep.join([str(given.llama), str(Path(__file__).parent)])
         self.process = subprocess.Popen(
             [sys.executable, __file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -245,12 +252,14 @@ def open_columns(work: Path, bits: str, given: Any) -> Iterator[list[Column]]:
     columns: list[Column] = []
     try:
         for forward in given.forward:
-            path = work / (bits if packed else "dense")
-            columns.append(Column(f"spectool {dtype}", path, dtype, forward, given))
+            for how in given.activations if packed else ["auto"]:
+                name = f"spectool {dtype}" + (f", {how} activations" if packed else "")
+                path = work / (bits if packed else "dense")
+                columns.append(Column(name, path, given, dtype, forward, how))
         for format in FORMATS[bits]:
-            columns.append(Column(f"llama.cpp {format}", work / f"{format}.gguf", "", "", given))
+            columns.append(Column(f"llama.cpp {format}", work / f"{format}.gguf", given))
         if not packed:
-            columns.append(Column(f"transformers {dtype}", work / "dense", dtype, "", given))
+            columns.append(Column(f"transformers {dtype}", work / "dense", given, dtype))
         for column in columns:
             column.answer()
         yield columns
@@ -272,6 +281,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["16", "8", "4", "2", "1.6"], choices=PACKED)
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--forward", nargs="+", default=[""], help="default: as it is chosen")
+    parser.add_argument("--activations", nargs="+", default=["auto"], help="of packed weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=12)
@@ -348,7 +358,8 @@ def compare(rows: list[dict[str, Any]]) -> Iterator[str]:
                         parts.append(f"{step} {best / row[name]:.2f}x {peer}")
             shown = f"{row['token_ms'] / row['floor_ms']:.2f}x reading, " + ", ".join(parts)
             gain = ROWS * row["token_ms"] / row["batch_ms"]
-            yield f"{' '.join(map(str, key.values()))} {row['forward']}: {shown}, batch {gain:.1f}x"
+            name = f"{' '.join(map(str, key.values()))}, {row['column']} {row['forward']}"
+            yield f"{name}: {shown}, batch {gain:.1f}x"
 
 
 if __name__ == "__main__":

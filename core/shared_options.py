@@ -86,9 +86,9 @@ class LoadOptions(PlaceOptions):
     )
     activations: str = option(
         "auto",
-        "Activations in products with quantized weights: exact, int8 (rounded by row and block of "
-        "128 inputs, where the method has integers), or auto (in bfloat16 int8 where that adds "
-        "less than 2% to the method's own loss)",
+        "Activations in products with quantized weights: exact, int16 or int8 (rounded by row and "
+        "block of 128 inputs, where the method has integers), or auto (in bfloat16 the fewest bits "
+        "that add less than 2% to the method's own loss)",
     )
     checksums: bool = option(
         True, "Load quantized weights and draft heads without verifying checksums", switch=True

@@ -1,9 +1,11 @@
-/* Products of activations with packed matrices, in two precisions.
+/* Products of activations with packed matrices, in three precisions.
  *
  * exact  y = sum over blocks of scale (sum of (level - zero) x) + offset (sum of x), in float32,
  *        each block by fused multiply-add in the order of its inputs.
  * int8   activations are rounded to 8 bits by row and block; a block's sum of products is an exact
  *        integer, which is scaled and added in float32, without fused multiply-add.
+ * int16  activations are rounded to 16 bits, whose higher and lower byte are multiplied as two
+ *        columns of int8; a block's two sums are scaled and added one after the other.
  *
  * A matrix is a list of segments, columns whose codes have one width. Outputs are in tiles of 16,
  * tiles in strips of 4, which memory holds as one stream. A group, whose weights share a scale, is
@@ -86,7 +88,7 @@ static void store_tile(const struct product *p, ptrdiff_t tile, ptrdiff_t row, c
 /* Compute a strip of outputs for all rows. */
 static void multiply_strip(void *context, ptrdiff_t strip) {
     const struct product *p = context;
-    const int is_narrow = p->num_rows <= NARROW;
+    const int parts = num_parts(p), is_narrow = p->num_rows * parts <= NARROW;
     const int height = is_narrow ? TALL : WIDE;
     const ptrdiff_t panels = num_panels(p), left = p->num_tiles - strip * STRIP;
     ptrdiff_t rows[MOST_ROWS + 1]; /* the first row of each panel, and the end */
@@ -95,6 +97,7 @@ static void multiply_strip(void *context, ptrdiff_t strip) {
     struct weights w;
     float sums[MOST_ROWS * STRIP * LANES];
     memset(&w, 0, sizeof w);
+    w.is_double = parts == 2;
     memset(sums, 0, sizeof *sums * p->num_rows * STRIP * LANES);
     ptrdiff_t past = 0; /* bytes of a row's activations of earlier segments */
     for (int i = 0; i < p->num_segments; i++) {
@@ -105,14 +108,14 @@ static void multiply_strip(void *context, ptrdiff_t strip) {
         for (int b = 0; b < s->num_blocks; b++) {
             prepare(s, strip, chunk, s->blocks + b, tiles, is_direct(kind), &w);
             for (ptrdiff_t panel = 0; panel < panels; panel++) {
-                const ptrdiff_t row = rows[panel], columns = rows[panel + 1] - row;
+                const ptrdiff_t row = rows[panel], columns = (rows[panel + 1] - row) * parts;
                 for (int first = 0; first < tiles; first += height)
                     run[columns - 1](first, s, &w, p->scratch + row * p->row_bytes + past * columns,
                                      chunk * CHUNK, b, sums + row * STRIP * LANES);
             }
             chunk += s->blocks[b].chunks;
         }
-        past += panel_bytes(s, p->precision);
+        past += column_bytes(s, p->precision);
     }
     for (ptrdiff_t row = 0; row < p->num_rows; row++)
         for (int v = 0; v < tiles; v++)

@@ -1,10 +1,10 @@
 """Products with packed matrices on a CPU (`products.c`), and their specification in torch.
 
-Two precisions, in both of which a row's result does not depend on the other rows:
+Three precisions, in all of which a row's result does not depend on the other rows:
 
 exact: activations in their dtype, sums in float32. int8: activations are rounded to 8 bits, by row
 and block of at most 128 columns; levels of codebooks are rounded to 8 bits too. Sums of a block are
-integers.
+integers. int16: the same with activations of two bytes, whose products are computed apart.
 
 Shapes: n outputs, m inputs, N rows, k columns of a segment, g groups, b blocks, c columns of one.
 """
@@ -33,7 +33,7 @@ from spectool.kernels.layout import (
 )
 from spectool.kernels.segments import Segment, assemble
 
-Precision = Literal["exact", "int8"]
+Precision = Literal["exact", "int16", "int8"]
 
 # Columns whose activations share a scale in int8 products, and rows of one pass over a matrix: as
 # in products.c.
@@ -44,7 +44,9 @@ _LEVEL_CENTER = 128
 # Positions of `enum kind`, `enum type` and `enum precision` in products.c.
 _TABLE, _CENTERED, _PLAIN, _OUTLIERS, _COLUMN = range(5)
 _FLOAT, _BFLOAT16, _HALF = range(3)
-_EXACT, _INT8 = range(2)
+_PRECISIONS = {"exact": 0, "int8": 1, "int16": 2}
+# Bytes of an activation, and what the higher of two stands for.
+_CODE_BYTES, _BASE = {"int8": 1, "int16": 2}, 255
 TYPES = {torch.float32: _FLOAT, torch.bfloat16: _BFLOAT16}
 
 
@@ -103,7 +105,8 @@ class PackedProduct:
         num_places = shape[0] if self._order_P is None else len(self._order_P)
         self._num_tiles = -(-num_places // TILE)
         self._parts = [_lay_out(segment, self._order_P, precision) for segment in segments]
-        unit, end = (1, 8) if precision == "int8" else (4, 4)
+        parts = _CODE_BYTES.get(precision)
+        unit, end = (4, 4) if parts is None else (parts, 8 * parts)
         self.row_bytes = sum(
             part.numbers["chunks"] * CHUNK * unit + part.numbers["num_blocks"] * end
             for part in self._parts
@@ -157,7 +160,7 @@ class PackedProduct:
             num_tiles=self._num_tiles,
             row_bytes=self.row_bytes,
             num_segments=len(self._parts),
-            precision=_INT8 if self.precision == "int8" else _EXACT,
+            precision=_PRECISIONS[self.precision],
         )
 
     def reads_like(self, other: PackedProduct) -> bool:
@@ -193,7 +196,7 @@ def precisions(segments: Sequence[Segment]) -> tuple[Precision, ...]:
     """Return the precisions that there are products in."""
     # 8 bits do not represent the levels of pairs, nor can bytes look up levels by column.
     has_integers = all(part.column_levels is None and not part.paired for part in segments)
-    return ("exact", "int8") if has_integers else ("exact",)
+    return ("exact", "int16", "int8") if has_integers else ("exact",)
 
 
 def _order_outputs(segments: Sequence[Segment]) -> Tensor | None:
@@ -258,7 +261,7 @@ def _lay_out(segment: Segment, order_P: Tensor | None, precision: Precision) -> 
     has_whole_zeros = _has_whole_zeros(segment)
     is_grid = segment.levels is None and segment.column_levels is None
     is_grid &= segment.zero is None or has_whole_zeros
-    has_byte_levels = precision == "int8" and segment.levels is not None
+    has_byte_levels = precision != "exact" and segment.levels is not None
     numbers = {
         "num_blocks": len(blocks),
         "chunks": len(place) // CHUNK,
@@ -285,7 +288,7 @@ def _add_levels(
     segment: Segment, precision: Precision, place: Tensor, tensors: dict[str, Tensor]
 ) -> int:
     """Add the levels of a segment to the tensors; return how codes become values."""
-    if precision == "int8":
+    if precision != "exact":
         if segment.levels is not None:
             levels_tK, scale_t = round_levels(segment.levels)
             codes_tK = (levels_tK + _LEVEL_CENTER).to(torch.uint8)
@@ -367,7 +370,7 @@ def twin(
 ) -> Tensor:
     """Compute the product in torch: the specification of `PackedProduct`, slow.
 
-    int8 products equal it to the bit, exact ones except for the rounding of sums in float32.
+    Integer products equal it to the bit, exact ones except for the rounding of sums in float32.
     """
     bias_n = None if bias is None else bias.float()
     if precision == "exact":
@@ -375,13 +378,15 @@ def twin(
     x_Nm = x.reshape(-1, shape[1]).float()
     y_Nn = torch.zeros(len(x_Nm), shape[0])
     for segment in segments:
-        _add_integer_product(x_Nm, segment, y_Nn)
+        _add_integer_product(x_Nm, segment, precision, y_Nn)
     y_Nn = y_Nn if bias_n is None else y_Nn + bias_n
     return y_Nn.to(x.dtype).view(*x.shape[:-1], shape[0])
 
 
-def _add_integer_product(x_Nm: Tensor, segment: Segment, y_Nn: Tensor) -> None:
-    """Add the int8 product with one segment."""
+def _add_integer_product(
+    x_Nm: Tensor, segment: Segment, precision: Precision, y_Nn: Tensor
+) -> None:
+    """Add the integer product with one segment."""
     x_Nk = x_Nm if segment.columns is None else x_Nm[:, segment.columns]
     if segment.column_scale is not None:
         x_Nk = x_Nk * segment.column_scale
@@ -392,20 +397,34 @@ def _add_integer_product(x_Nm: Tensor, segment: Segment, y_Nn: Tensor) -> None:
         values_nk = levels_tK[table_n].gather(1, segment.codes.long()).double()
         scale_ng = scale_ng * scale_t[table_n, None]
     for begin, end, group in _blocks(segment):
-        part_Nc = x_Nk[:, begin:end]
-        most_N1 = part_Nc.abs().amax(1, keepdim=True)
-        # Of two tensors: torch divides a number by multiplying with a reciprocal.
-        inverse_N1 = torch.where(most_N1 > 1e-36, torch.full_like(most_N1, 127) / most_N1, 0)
-        codes_Nc = (part_Nc * inverse_N1).round_()
-        step_N1, total_N1 = most_N1 / 127, codes_Nc.sum(1, keepdim=True)
-        # Integers, and exact in double precision.
-        sums_Nn = (codes_Nc.double() @ values_nk[:, begin:end].T).float()
-        if segment.zero is not None:
-            sums_Nn = sums_Nn - total_N1 * segment.zero[:, group]
-        sums_Nn = sums_Nn * (scale_ng[:, group] * step_N1)
-        if segment.offset is not None:
-            sums_Nn = sums_Nn + segment.offset[:, group] * (total_N1 * step_N1)
-        y_Nn += sums_Nn
+        for codes_Nc, step_N1 in _round(x_Nk[:, begin:end], precision):
+            total_N1 = codes_Nc.sum(1, keepdim=True)
+            # Integers, and exact in double precision.
+            sums_Nn = (codes_Nc.double() @ values_nk[:, begin:end].T).float()
+            if segment.zero is not None:
+                sums_Nn = sums_Nn - total_N1 * segment.zero[:, group]
+            sums_Nn = sums_Nn * (scale_ng[:, group] * step_N1)
+            if segment.offset is not None:
+                sums_Nn = sums_Nn + segment.offset[:, group] * (total_N1 * step_N1)
+            y_Nn += sums_Nn
+
+
+def _round(x_Nc: Tensor, precision: Precision) -> Iterator[tuple[Tensor, Tensor]]:
+    """Round a block of activations to bytes; yield them [N, c] with their scale [N, 1].
+
+    `int16` has two bytes h and l for 255 h + l, both from -127 to 127; h comes first.
+    """
+    parts = _CODE_BYTES[precision]
+    limit = 127.0 if parts == 1 else 127.0 * _BASE + 127
+    most_N1 = x_Nc.abs().amax(1, keepdim=True)
+    # Of two tensors: torch divides a number by multiplying with a reciprocal.
+    inverse_N1 = torch.where(most_N1 > limit * 1e-38, torch.full_like(most_N1, limit) / most_N1, 0)
+    codes_Nc, step_N1 = (x_Nc * inverse_N1).round_(), most_N1 / limit
+    if parts == 2:
+        above_Nc = (codes_Nc / _BASE).round_()
+        yield above_Nc, step_N1 * _BASE
+        codes_Nc = codes_Nc - _BASE * above_Nc
+    yield codes_Nc, step_N1
 
 
 @threads.give_torch(several=False)
@@ -425,7 +444,7 @@ def check() -> None:
                 found_Nn = PackedProduct([segment], shape, precision)(x_Nm, None).float()
                 expected_Nn = twin(x_Nm, [segment], shape, precision, None).float()
                 tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-                tolerance = 0.0 if precision == "int8" else tolerance
+                tolerance = tolerance if precision == "exact" else 0.0
                 if not (found_Nn - expected_Nn).norm() <= tolerance * expected_Nn.norm():
                     raise RuntimeError(
                         "the kernels compute wrong products on this machine "

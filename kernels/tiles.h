@@ -40,6 +40,7 @@ struct weights {
     ints pair_shift[STRIP]; /* 16 less the whole zero, in both halves of a lane */
     const float *levels[STRIP];
     int chunks;
+    int is_double; /* whether a row of activations has two columns */
 };
 
 /* Unpack one block of the first `tiles` tiles of a strip; fetch the next block of as many lines. */
@@ -74,20 +75,20 @@ INLINE floats parameters(const struct segment *s, const void *of, ptrdiff_t stri
 /* The products of one block: `columns` rows times the `height` tiles of a strip from `first` on. */
 
 /* The sums of integer products begin with those of the zeros. */
-INLINE void begin_int8(const int columns, const int height, const int first,
-                       const struct weights *w, const int32_t *total, ints acc[COLUMNS][TALL]) {
+INLINE void begin_integers(const int columns, const int height, const int first,
+                           const struct weights *w, const int32_t *total, ints acc[COLUMNS][TALL]) {
     EACH (c, columns)
         EACH (v, height) acc[c][v] = multiply_small(w->minus_zero[first + v], total[c]);
 }
 
 /* Scale the sums of integer products, and add them to the sums of the rows. */
-INLINE void scale_int8(const int columns, const int height, const int first, const int has_zero,
-                       const int has_offset, const struct weights *w, const float *scale,
-                       const int32_t *total, ints acc[COLUMNS][TALL], float *sum) {
+INLINE void scale_integers(const int columns, const int height, const int first, const int has_zero,
+                           const int has_offset, const struct weights *w, const float *scale,
+                           const int32_t *total, ints acc[COLUMNS][TALL], float *sum) {
     EACH (c, columns) {
         const floats by = splat(scale[c]);
         EACH (v, height) {
-            float *at = sum + (c * STRIP + first + v) * LANES;
+            float *at = sum + ((c >> w->is_double) * STRIP + first + v) * LANES;
             floats value = to_floats(acc[c][v]);
             if (has_zero)
                 value = subtract(value, multiply(w->zero[first + v], splat((float)total[c])));
@@ -102,14 +103,14 @@ INLINE void scale_int8(const int columns, const int height, const int first, con
 }
 
 /* Scale and add the sums; most formats have neither zeros beside integers nor an offset. */
-INLINE void end_int8(const int columns, const int height, const int first, const struct segment *s,
-                     const struct weights *w, const float *scale, const int32_t *total,
-                     ints acc[COLUMNS][TALL], float *sum) {
+INLINE void end_integers(const int columns, const int height, const int first,
+                         const struct segment *s, const struct weights *w, const float *scale,
+                         const int32_t *total, ints acc[COLUMNS][TALL], float *sum) {
     const int has_zero = s->zero && !s->is_whole, has_offset = s->offset != 0;
     if (has_zero || has_offset)
-        scale_int8(columns, height, first, has_zero, has_offset, w, scale, total, acc, sum);
+        scale_integers(columns, height, first, has_zero, has_offset, w, scale, total, acc, sum);
     else
-        scale_int8(columns, height, first, 0, 0, w, scale, total, acc, sum);
+        scale_integers(columns, height, first, 0, 0, w, scale, total, acc, sum);
 }
 
 /* The codes of a slice of tile v: of `bits`, unpacked in registers; or, with 0, unpacked before. */
@@ -124,11 +125,11 @@ INLINE void fetch_next(const int bits, const int height, const int first, const 
     fetch(w->lines + ((w->chunks + chunk) * STRIP + first) * bits * LINE, height * bits);
 }
 
-INLINE void block_int8(const int columns, const int height, const int first, const int bits,
-                       const int has_levels, const struct segment *s, const struct weights *w,
-                       const int8_t *x, const float *scale, const int32_t *total, float *sum) {
+INLINE void block_integers(const int columns, const int height, const int first, const int bits,
+                           const int has_levels, const struct segment *s, const struct weights *w,
+                           const int8_t *x, const float *scale, const int32_t *total, float *sum) {
     ints acc[COLUMNS][TALL];
-    begin_int8(columns, height, first, w, total, acc);
+    begin_integers(columns, height, first, w, total, acc);
     for (int chunk = 0; chunk < w->chunks; chunk++) {
         fetch_next(bits, height, first, w, chunk);
         EACH (slice, SLICES) {
@@ -140,16 +141,16 @@ INLINE void block_int8(const int columns, const int height, const int first, con
             x += columns * 4;
         }
     }
-    end_int8(columns, height, first, s, w, scale, total, acc, sum);
+    end_integers(columns, height, first, s, w, scale, total, acc, sum);
 }
 
 #if HAS_WORDS
-/* `block_int8` of codes below 16. A chunk's sums of 16 bits are 8 2 15 127 at most. */
+/* `block_integers` of codes below 16. A chunk's sums of 16 bits are 8 2 15 127 at most. */
 INLINE void block_words(const int columns, const int height, const int first, const int bits,
                         const struct segment *s, const struct weights *w, const int8_t *x,
                         const float *scale, const int32_t *total, float *sum) {
     ints acc[COLUMNS][TALL], words[COLUMNS][TALL];
-    begin_int8(columns, height, first, w, total, acc);
+    begin_integers(columns, height, first, w, total, acc);
     for (int chunk = 0; chunk < w->chunks; chunk++) {
         fetch_next(bits, height, first, w, chunk);
         EACH (c, columns)
@@ -164,7 +165,7 @@ INLINE void block_words(const int columns, const int height, const int first, co
         EACH (c, columns)
             EACH (v, height) acc[c][v] = widen_words(acc[c][v], words[c][v]);
     }
-    end_int8(columns, height, first, s, w, scale, total, acc, sum);
+    end_integers(columns, height, first, s, w, scale, total, acc, sum);
 }
 #endif
 
@@ -254,12 +255,12 @@ INLINE void block_of(const int kind, const int columns, const int height, int fi
     const float *scale = (const float *)ends + 2 * block * columns;
     const int32_t *total = (const int32_t *)scale + columns;
     switch (kind) {
-#define INT8_CASE(KIND, BITS, HAS_LEVELS)                                                          \
+#define INTEGER_CASE(KIND, BITS, HAS_LEVELS)                                                       \
     case KIND:                                                                                     \
-        block_int8(columns, height, first, BITS, HAS_LEVELS, s, w, codes, scale, total, sum);      \
+        block_integers(columns, height, first, BITS, HAS_LEVELS, s, w, codes, scale, total, sum);  \
         break;
-        INT8_CASE(INTEGER, 0, 0)
-        INT8_CASE(INTEGER_8, 8, 0)
+        INTEGER_CASE(INTEGER, 0, 0)
+        INTEGER_CASE(INTEGER_8, 8, 0)
 #if HAS_WORDS
 #define WORDS_CASE(KIND, BITS)                                                                     \
     case KIND:                                                                                     \
@@ -270,13 +271,13 @@ INLINE void block_of(const int kind, const int columns, const int height, int fi
         WORDS_CASE(INTEGER_2, 2)
         WORDS_CASE(INTEGER_4, 4)
 #else
-        INT8_CASE(INTEGER_1, 1, 0)
-        INT8_CASE(INTEGER_2, 2, 0)
-        INT8_CASE(INTEGER_4, 4, 0)
+        INTEGER_CASE(INTEGER_1, 1, 0)
+        INTEGER_CASE(INTEGER_2, 2, 0)
+        INTEGER_CASE(INTEGER_4, 4, 0)
 #endif
-        INT8_CASE(LEVELS_1, 1, 1)
-        INT8_CASE(LEVELS_2, 2, 1)
-        INT8_CASE(LEVELS_4, 4, 1)
+        INTEGER_CASE(LEVELS_1, 1, 1)
+        INTEGER_CASE(LEVELS_2, 2, 1)
+        INTEGER_CASE(LEVELS_4, 4, 1)
 #if HAS_PAIRS
 #define PAIRS_CASE(KIND, BITS)                                                                     \
     case KIND: block_pairs(columns, height, first, BITS, w, pairs, sum); break;

@@ -93,10 +93,10 @@ def attach_products(
 ) -> dict[str, registry.Choice]:
     """Let the packed linears of a model compute by products, where there are any.
 
-    `dtype`: of the activations. `activations`: `exact`, `int8` (where the format has integers) or
-    `auto`. A linear whose fields are trained is left alone, and so is an embedding that no lm_head
-    shares: its rows are only looked up. Returns the choice for each format that has rows of its own
-    in the kernels' table.
+    `dtype`: of the activations. `activations`: `exact`, `int16` or `int8` (where the format has
+    integers) or `auto`. A linear whose fields are trained is left alone, and so is an embedding
+    that no lm_head shares: its rows are only looked up. Returns the choice for each format that has
+    rows of its own in the kernels' table.
     """
     choices: dict[str, registry.Choice] = {}
     # A list without the modules of their fields, which would keep these.
@@ -241,7 +241,7 @@ def has_products(model: nn.Module) -> bool:
 
 
 def precision_of(model: nn.Module) -> str:
-    """Return how the products of a model take activations: exact, int8, or both."""
+    """Return how the products of a model take activations, joined by "and" if in several ways."""
     products = (each.product for each in model.modules() if isinstance(each, ProductLinear))
     return _name({product.precision for product in products})
 

@@ -72,8 +72,9 @@ def load(
     `dtype`: of the activations and of the weights that are not packed; None: as the checkpoint
     states. `runtime`: `packed` (weights stay in their codes), `dense` (weights are unpacked once,
     at loading) or `auto` (`packed` where a kernel computes with the codes on this machine, else
-    `dense` if memory suffices). `activations`, as products with codes take them: `exact`, `int8`
-    (rounded by row and block) or `auto` (in bfloat16 rounded where that changes almost nothing).
+    `dense` if memory suffices). `activations`, as products with codes take them: `exact`, `int16`
+    or `int8` (rounded by row and block) or `auto` (in bfloat16 rounded where that changes almost
+    nothing).
     `checksums`: compare the files of a packed checkpoint with the checksums in its index.
 
     Raises:

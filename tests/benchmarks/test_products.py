@@ -60,8 +60,13 @@ def test_it_measures_formats_beside_their_peers(
     assert result["ggml"] is None and result["peaks"]["1"]["read"] > 0
     int8, rtn2 = result["products"]
     assert int8["format"] == "int8" and rtn2["format"] == "rtn2"
-    assert set(int8["rows"][0]["ways"]) == {"ours int8", "ours exact", "_int_mm"}
-    assert set(rtn2["rows"][0]["ways"]) == {"ours int8", "ours exact"}
+    assert set(int8["rows"][0]["ways"]) == {
+        "ours int8",
+        "ours int16",
+        "ours exact",
+        "_int_mm",
+    }
+    assert set(rtn2["rows"][0]["ways"]) == {"ours int8", "ours int16", "ours exact"}
     for line in int8["rows"]:
         own, peer = line["ways"]["ours int8"], line["ways"]["_int_mm"]
         # Codes, and one scale a row.

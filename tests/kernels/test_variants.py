@@ -82,7 +82,7 @@ def as_bytes(tensor: Tensor | None) -> bytes:
 def record(product: PackedProduct, x_Nm: Tensor, bias_n: Tensor | None) -> Iterator[bytes]:
     """Yield a product as replay.c reads it."""
     numbers = [len(product._parts), len(x_Nm), product.shape[1], product.shape[0]]
-    numbers += [product._num_tiles, product.row_bytes, int(product.precision == "int8")]
+    numbers += [product._num_tiles, product.row_bytes, products._PRECISIONS[product.precision]]
     yield struct.pack("<9q", *numbers, products.TYPES[x_Nm.dtype], 2)
     tensors = [x_Nm, product._order_P, bias_n]
     for part in product._parts:
