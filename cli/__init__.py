@@ -24,6 +24,7 @@ from spectool.cli import (
     generate,
     inspect,
     list_methods,
+    push,
     run,
     tune,
 )
@@ -45,6 +46,7 @@ PANELS: dict[str, dict[str, Verb | typer.Typer | Callable[..., None]]] = {
         "chat": chat.chat,
         "export": export.export,
         "run": run.run,
+        "push": push.push,
     },
     "Look": {
         "inspect": inspect.inspect,

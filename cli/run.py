@@ -19,6 +19,7 @@ from spectool.cli.distill import DISTILL
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.errors import UsageError
+from spectool.files import replacing
 from spectool.options import Config, option
 from spectool.report import Reporter
 
@@ -50,6 +51,12 @@ class RunOptions(Config):
         "Directory of the run; default: the recipe's name without its ending, here",
         written=True,
     )
+    junit: Path | None = option(
+        None, "File for stages and gates as JUnit XML, written whatever comes of them", written=True
+    )
+    summary: Path | None = option(
+        None, "File for a summary in Markdown, written whatever comes of the run", written=True
+    )
     dry_run: bool = option(
         False, "Show the commands, and which of them are done already; write nothing", switch=True
     )
@@ -57,6 +64,7 @@ class RunOptions(Config):
 
 def run(output: Output, options: RunOptions) -> None:
     """Run the stages of a recipe that are not done already: compress, train, measure."""
+    from spectool.cli.cards import write_cards
     from spectool.recipe.document import read_recipe
     from spectool.recipe.execute import Execution, exit_code, start_process
     from spectool.recipe.folder import check_folder, locked
@@ -65,7 +73,7 @@ def run(output: Output, options: RunOptions) -> None:
     recipe = read_recipe(options.recipe, options.override, list(STAGES))
     folder = options.out or Path(options.recipe.stem)
     check_folder(folder)
-    plans = make_plan(recipe, _commands())
+    plans = make_plan(recipe, make_commands())
     _check_gates(plans)
     execution = Execution(folder, plans, reporter=_Teller(output))
     if options.dry_run:
@@ -76,6 +84,9 @@ def run(output: Output, options: RunOptions) -> None:
     output.resume = "run the same command to continue"
     with locked(folder, plans) as lock:
         found = execution.run(functools.partial(start_process, lock=lock))
+    _write_reports(options, folder.name, found)
+    for path in write_cards(found, {plan.variant.name: plan.model for plan in plans}):
+        output.say(f"{path / 'README.md'}: the card has the figures")
     code = exit_code(found)
     for line in _closing_lines(found):
         output.show(line)
@@ -84,7 +95,19 @@ def run(output: Output, options: RunOptions) -> None:
         raise typer.Exit(code)
 
 
-def _commands() -> dict[str, Command]:
+def _write_reports(options: RunOptions, name: str, found: Mapping[str, Sequence[Outcome]]) -> None:
+    """Write what CI services read."""
+    from spectool.recipe.junit import as_junit
+    from spectool.recipe.summary import as_markdown
+
+    reports = {options.junit: as_junit(name, found), options.summary: as_markdown(name, found)}
+    for path, content in reports.items():
+        if path is not None:
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+
+
+def make_commands() -> dict[str, Command]:
     """Return the commands of the stages."""
     from spectool.recipe.plan import Command
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from typing import Any
 
 from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.card import README, Card, describe_options, read_origin
 from spectool.checkpoint.dtypes import with_plain_dtypes
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
+from spectool.checkpoint.hub import is_local
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
-from spectool.checkpoint.trained import read_companions
+from spectool.checkpoint.trained import TRAINED_NOTE, read_companions
 from spectool.files import json_bytes
 from spectool.model.loading import config_dtype
 from spectool.quantize.job import QuantizeJob
-from spectool.quantize.ledger import Ledger, measure
+from spectool.quantize.ledger import measure
 from spectool.quantize.pack import make_entry
 from spectool.quantize.plan import QuantizePlan
 from spectool.quantize.rules import format_rules
@@ -62,7 +65,9 @@ def make_small_files(
         config["dtype"] = str(first).removeprefix("torch.")
     layout = Layout(path=writer.partial, config=config, tensors=tensors)
     files["config.json"] = json_bytes(config)
-    files["README.md"] = _readme(job, measure(layout)).encode()
+    base = None if is_local(checkpoint.name) else checkpoint.name
+    card = packed_card(layout, read_origin(checkpoint.path, base=base))
+    files[README] = str(card).encode()
     index = {
         "metadata": {
             "total_parameters": plan.num_parameters,
@@ -76,26 +81,51 @@ def make_small_files(
     return files
 
 
-def _readme(job: QuantizeJob, ledger: Ledger) -> str:
-    """Write the artifact's README."""
-    options = json.dumps(job.config.as_dict(), sort_keys=True)
+def packed_card(
+    layout: Layout,
+    origin: Mapping[str, Any],
+    *,
+    training: Mapping[str, Any] | None = None,
+    **measured: Any,
+) -> Card:
+    """Return the card of a packed checkpoint.
+
+    `origin`: licence and base, as `read_origin` has them. `training`: the record of a later
+    training of its fields. `measured`: the fields of `Card` about figures.
+    """
+    record = layout.quantization or {}
+    made_by, ledger = record.get("made_by") or {}, measure(layout)
     more = [
-        f"{matrices} by `{quantizer}`"
-        for matrices, quantizer in (
-            ("embedding and lm_head", job.embeddings),
-            ("lm_head", job.lm_head),
-        )
-        if quantizer is not None
+        f"{matrices} by `{made_by[key]['method']}` with {describe_options(made_by[key]['options'])}"
+        for matrices, key in (("embedding and lm_head", "embeddings"), ("lm_head", "lm_head"))
+        if made_by.get(key)
     ]
-    more += [f"matrices named in `{RULES_FILE}` by its rules"] if job.rules else []
-    return f"""# A checkpoint packed by spectool
+    more += [f"matrices named in `{RULES_FILE}` by its rules"] if made_by.get("rules") else []
+    method, options = made_by.get("method"), describe_options(made_by.get("options") or {})
+    lines = [
+        f"Method `{method}` with {options}{''.join(f'; {each}' for each in more)}.",
+        "",
+        "| | bits |",
+        "|---|---:|",
+        f"| per weight of the {len(ledger.entries)} packed matrices | {ledger.linears:.4f} |",
+        f"| per parameter of all weight files | {ledger.file:.4f} |",
+    ]
+    if training is not None:
+        lines += ["", TRAINED_NOTE]
+    return Card(
+        title="A checkpoint packed by spectool",
+        name=f"{layout.config.get('model_type')}-{method}",
+        tags=[str(method)],
+        relation="quantized",
+        lines=lines,
+        loading=_LOADING,
+        origin=origin,
+        fingerprint=(record.get("source") or {}).get("fingerprint"),
+        **measured,
+    )
 
-Method `{job.method}` with {options}{"".join(f"; {each}" for each in more)}.
 
-| | bits |
-|---|---:|
-| per weight of the {len(ledger.entries)} packed matrices | {ledger.linears:.4f} |
-| per parameter of all weight files | {ledger.file:.4f} |
+_LOADING = """## Load it
 
 ```python
 import spectool

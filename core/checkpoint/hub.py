@@ -7,13 +7,17 @@ of this module but `is_local`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from spectool.checkpoint import foreign
 from spectool.checkpoint.headers import Layout, TensorEntry, read_json
-from spectool.errors import CheckpointError
+from spectool.errors import CheckpointError, InputError
 
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+PATTERNS = [
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*",
+    "README.md",
+]  # fmt: skip
 # Some repositories also hold the same weights in other layouts.
 DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -87,10 +91,54 @@ def remote_layout(model: str, revision: str | None) -> Layout:
     return Layout(path=Path(config_path).parent, config=config, tensors=tensors)
 
 
+def is_repository(name: str) -> bool:
+    """Whether `name` is that of a repository, OWNER/NAME."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def upload(path: Path, repo: str, *, files: Sequence[str], card: str, private: bool = False) -> str:
+    """Upload files of a directory, with a card, to a repository that is made if there is none.
+
+    huggingface_hub commits as it uploads: a call after one that was interrupted continues. Returns
+    the repository's address.
+
+    Raises:
+        InputError: no token, no right to write, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=path,
+            allow_patterns=[name for name in files if name != "README.md"],
+            commit_message="Upload by spectool",
+        )
+        api.upload_file(
+            repo_id=repo,
+            path_or_fileobj=card.encode(),
+            path_in_repo="README.md",
+            commit_message="Model card",
+        )
+    except Exception as error:
+        # As in `fetch`; without a token the hub answers 401.
+        raise InputError(
+            f"{repo}: the hub did not take it: {_first_line(error)}",
+            hint="`hf auth login` or HF_TOKEN gives the token; it needs the right to write",
+        ) from error
+    return str(address)
+
+
 def _unreachable(model: str, error: Exception) -> CheckpointError:
     """Make the error of a failed download."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CheckpointError(
-        f"{model}: no directory here, and the hub did not provide it: {reason}",
+        f"{model}: no directory here, and the hub did not provide it: {_first_line(error)}",
         hint="give a local checkpoint by its path",
     )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -35,9 +35,9 @@ COMPANIONS = (
 
 # What `quantize` writes beside the shards, and what is added to the README of a trained result.
 _BESIDE_PACKED = ("README.md", "rules.yaml")
-_NOTE = f"""
-Its scales, zero points, codebooks, norms and biases were trained afterwards: `{TRAINING}`.
-""".encode()
+TRAINED_NOTE = (
+    f"Its scales, zero points, codebooks, norms and biases were trained afterwards: `{TRAINING}`."
+)
 
 
 def check_dense(checkpoint: Checkpoint) -> None:
@@ -99,8 +99,9 @@ def write_trained(
         for name in _BESIDE_PACKED:
             if (source.path / name).is_file():
                 files[name] = (source.path / name).read_bytes()
-        if (readme := files.get("README.md")) is not None and _NOTE not in readme:
-            files["README.md"] = readme + _NOTE
+        readme = files.get("README.md")
+        if readme is not None and TRAINED_NOTE.encode() not in readme:
+            files["README.md"] = readme + f"\n{TRAINED_NOTE}\n".encode()
     for path in layout.files:
         contents: dict[str, Content] = {}
         for name, entry in layout.tensors.items():

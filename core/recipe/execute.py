@@ -161,7 +161,16 @@ class Execution:
                 if outcome.result is not None and name != step.home:
                     folder.write_result(step, outcome.result)
                     self._keep_record(name, self._records[step.home][step.stage])
+        self._forget_skipped(found)
         return found
+
+    def _forget_skipped(self, found: Mapping[str, Sequence[Outcome]]) -> None:
+        """Remove results of an earlier run from stages that did not run in this one."""
+        for name, outcomes in found.items():
+            for step in (outcome.step for outcome in outcomes if outcome.state == "skipped"):
+                # In its home another variant, whose gates hold, may have run it.
+                if step.home != name or step.identity not in self._ended:
+                    self.folders[name].forget(step)
 
     def _end(
         self, variant: str, step: Step, before: Sequence[Outcome], total: int, start: Start
@@ -171,7 +180,6 @@ class Execution:
             return _shared(known)
         blocked = _find_block(step, before, self._ended)
         if blocked is not None:
-            self.folders[variant].forget(step)
             outcome = Outcome(step=step, command=self._words(step), state="skipped", reason=blocked)
         elif (reason := self._reason_to_run(step, key := self._key(step))) is None:
             outcome = self._cached(step)

@@ -106,6 +106,11 @@ class VariantPlan:
     variant: Variant
     steps: tuple[Step, ...]
 
+    @property
+    def model(self) -> str:
+        """The checkpoint that the stages start from."""
+        return str(self.variant.model.value)
+
 
 def make_plan(recipe: Recipe, commands: Mapping[str, Command]) -> list[VariantPlan]:
     """Return the steps of all variants.

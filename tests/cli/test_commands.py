@@ -383,8 +383,8 @@ def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) ->
     shown = spectool("--help").out
     words = (
         "Compress", "quantize", "distill", "Accelerate", "train-heads", "tune", "Measure", "eval",
-        "bench", "Run", "generate", "chat", "export", "run", "Look", "inspect", "list", "doctor",
-        "demo",
+        "bench", "Run", "generate", "chat", "export", "run", "push", "Look", "inspect", "list",
+        "doctor", "demo",
     )  # fmt: skip
     # Titles stand behind a line, commands behind the frame.
     order = [shown.index(f"{'─' if word.istitle() else '│'} {word} ") for word in words]

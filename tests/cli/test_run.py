@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,10 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
+from spectool.checkpoint.artifact import listed_files
 from spectool.recipe import execute
 
 from ..conftest import contents
@@ -127,11 +131,15 @@ def test_a_gate_that_does_not_hold_stops_its_variant(
     assert "does not run: the gate perplexity_ratio<=0.5 of eval does not hold" in done.err
     again = spectool("run", "release.yaml")
     assert again.code == 3 and len(started) == 2
+    assert not Path("release/results/06-bench.json").exists()
     assert "gate perplexity_ratio<=0.5: does not hold" in again.out
     dry = spectool("run", "release.yaml", "--dry-run")
     assert "bench: does not run" in dry.out
     held = spectool("run", "release.yaml", "eval.gate=perplexity_ratio<=1000", "--json")
     assert held.code == 0 and states(held)["bench"] == "done"
+    assert Path("release/results/06-bench.json").exists()
+    assert spectool("run", "release.yaml").code == 3
+    assert not Path("release/results/06-bench.json").exists()
 
 
 def test_a_failed_stage_stops_what_takes_from_it(
@@ -273,3 +281,42 @@ def test_killed_at_each_stage_it_goes_on_to_the_same_results(recipe: dict[str, A
         json.loads((Path(run) / "results/05-eval.json").read_text()) for run in ("release", "whole")
     )
     assert left["perplexity"] == right["perplexity"]
+
+
+def test_reports_and_cards_say_what_came(
+    spectool: Spectool, recipe: dict[str, Any], started: list[list[str]]
+) -> None:
+    del recipe["train-heads"]
+    recipe["eval"]["gate"] = ["perplexity_ratio<=1000", "kl<=0"]
+    recipe["matrix"] = {"eval.gate": [["kl<=0", "perplexity_ratio<=1000"], "perplexity_ratio<=99"]}
+    reports = ("--junit", "junit.xml", "--summary", "summary.md")
+    done = spectool("run", write(recipe), *reports)
+    assert done.code == 3, done.err
+    failing, holding = ElementTree.parse("junit.xml").getroot()
+    counts = ("tests", "failures", "errors", "skipped")
+    assert [failing.get(key) for key in counts] == ["5", "1", "0", "1"]
+    assert [holding.get(key) for key in counts] == ["4", "0", "0", "0"]
+    (failed,) = failing.findall("testcase[failure]")
+    assert failed.get("name") == "gate kl<=0"
+    said = failing.findtext("testcase[@name='quantize']/system-out")
+    assert said == "spectool " + shlex.join(started[0])
+    summary = Path("summary.md").read_text()
+    assert (
+        "| `kl<=0` | **does not hold** |" in summary
+        and "| `perplexity_ratio<=99` | holds |" in (summary)
+    )
+    assert "| bench | did not run: the gate kl<=0 of eval does not hold |" in summary
+    assert "| tokens per second, plain |" in summary
+    folder = next(Path("release").glob("*kl*"))
+    readme = (folder / "packed/README.md").read_text()
+    results = ModelCard(readme).data.to_dict()["model-index"][0]["results"]
+    found = json.loads((folder / "results/05-eval.json").read_text())
+    values = {each["type"]: each["value"] for result in results for each in result["metrics"]}
+    assert values["kl"] == pytest.approx(found["kl"]["value"], abs=1e-6)
+    assert results[0]["dataset"]["name"] == "text.txt"
+    assert "`spectool eval PATH --reference BASE --text text.txt" in readme
+    assert str(Path.cwd()) not in readme and recipe["model"] not in readme
+    # The card changes nothing that is cached, and no file is a stray one.
+    assert spectool("run", "release.yaml").code == 3 and len(started) == 4
+    assert spectool("inspect", folder / "packed", "--checksums").code == 0
+    assert set(listed_files(folder / "packed")) == set(contents(folder / "packed"))
