@@ -25,6 +25,7 @@ from spectool.cli import (
     inspect,
     list_methods,
     push,
+    report,
     run,
     tune,
 )
@@ -40,7 +41,12 @@ from spectool.version import __version__
 PANELS: dict[str, dict[str, Verb | typer.Typer | Callable[..., None]]] = {
     "Compress": {"quantize": QUANTIZE, "distill": DISTILL},
     "Accelerate": {"train-heads": TRAIN_HEADS, "tune": tune.tune},
-    "Measure": {"eval": evaluate.evaluate, "bench": bench.bench, "audit": AUDIT},
+    "Measure": {
+        "eval": evaluate.evaluate,
+        "bench": bench.bench,
+        "audit": AUDIT,
+        "report": report.report,
+    },
     "Run": {
         "generate": generate.generate,
         "chat": chat.chat,

@@ -430,15 +430,6 @@ def describe_method(name: str, config: Config) -> str:
     return f"{name} ({options})" if options else name
 
 
-def size(num_bytes: float) -> str:
-    """Format a number of bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} TB"
-
-
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -16,8 +16,9 @@ from typing import Any
 
 import typer
 
-from spectool.cli.common import Output, prepare_torch, size
+from spectool.cli.common import Output, prepare_torch
 from spectool.errors import Interrupted, SpectoolError, UsageError
+from spectool.files import size
 from spectool.options import Config, option, same_option
 from spectool.shared_options import PlaceOptions
 

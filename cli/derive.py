@@ -102,7 +102,9 @@ def _parameter(option: Option, own: str | None) -> inspect.Parameter:
     """Return the parameter that typer makes the option of."""
     default: Any = inspect.Parameter.empty if option.default is ... else option.default
     hint: Any = option.type
-    if option.repeats:
+    if option.repeats and option.argument:
+        hint = list[str]
+    elif option.repeats:
         hint, default = list[str] | None, None
     elif option.many:
         hint, default = str, option.format(default)
@@ -111,7 +113,8 @@ def _parameter(option: Option, own: str | None) -> inspect.Parameter:
     if option.argument:
         return _keyword(option.name, Annotated[hint, typer.Argument(help=_help(option))], default)
     # A switch is read as whether it was given.
-    flags = [option.flag] if option.switch else []
+    flags = [option.flag] if option.switch or option.short else []
+    flags += [option.short] if option.short else []
     declared = typer.Option(*flags, help=_help(option), rich_help_panel=option.panel or own)
     return _keyword(option.name, Annotated[hint, declared], False if option.switch else default)
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
-from spectool.cli.common import Output, describe_method, prepare_torch, size
+from spectool.cli.common import Output, describe_method, prepare_torch
 from spectool.cli.quantize import QuantizeOutput
 from spectool.cli.train_heads import RESUME, HeadsOutput, say_texts
 from spectool.distill.options import WeightsOptions
+from spectool.files import size
 from spectool.options import Config, same_option
 from spectool.shared_options import PlaceOptions
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spectool.cli.common import Output, size
+from spectool.cli.common import Output
+from spectool.files import size
 from spectool.options import Config, option
 
 PACKAGES = {

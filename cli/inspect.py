@@ -18,7 +18,7 @@ from spectool.checkpoint.headers import (
     Layout,
     read_json,
 )
-from spectool.cli.common import Output, size
+from spectool.cli.common import Output
 from spectool.cli.train_heads import calibration_lines, judge_lines
 from spectool.distill.options import (
     AcceptanceOptions,
@@ -27,6 +27,7 @@ from spectool.distill.options import (
     WeightsOptions,
 )
 from spectool.errors import CheckpointError, UsageError
+from spectool.files import size
 from spectool.options import Config, command_words, option, options_of
 from spectool.quantize.options import ComputeOptions, QuantizeOptions
 from spectool.shared_options import LoadOptions, PlaceOptions, WriteOptions

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
-from spectool.cli.common import Output, describe_method, prepare_torch, size
+from spectool.cli.common import Output, describe_method, prepare_torch
 from spectool.errors import UsageError
+from spectool.files import size
 from spectool.options import Config, command_words, option, options_of
 from spectool.quantize.options import JobOptions, QuantizeOptions
 from spectool.shared_options import PlaceOptions, WriteOptions

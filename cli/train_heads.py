@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
-from spectool.cli.common import Output, describe_method, prepare_torch, size
+from spectool.cli.common import Output, describe_method, prepare_torch
 from spectool.distill.options import AcceptanceOptions, HeadsOptions, JudgeOptions
 from spectool.errors import UsageError
+from spectool.files import size
 from spectool.options import Config, option
 from spectool.shared_options import LoadOptions, WriteOptions
 

@@ -92,6 +92,15 @@ def replace_nonfinite(value: Any) -> Any:
 TUNED = "tuned.json"
 
 
+def size(num_bytes: float) -> str:
+    """Format a number of bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
 def cache_folder() -> Path:
     """Return the folder for what can be made again: spectool's in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool"

@@ -27,13 +27,15 @@ def option(
     argument: bool = False,
     switch: bool = False,
     written: bool = False,
+    short: str | None = None,
 ) -> Any:
     """Return a field of a `Config` with its default, its help line and the range of a number.
 
     A default of `...` means that a value is required. Numbers are finite, unless `maximum` is inf.
     `argument`: given by its position on the command line. `switch`: a bool with a single flag,
     which turns the default around; other bools have two flags, `--name` and `--no-name`. `written`:
-    names a file or directory that the command writes; others that are there are read.
+    names a file or directory that the command writes; others that are there are read. `short`: a
+    second flag of one letter, as `-o`.
     """
     metadata = {
         "help": help,
@@ -42,6 +44,7 @@ def option(
         "argument": argument,
         "switch": switch,
         "written": written,
+        "short": short,
     }
     if default is ...:
         return dataclasses.field(metadata=metadata)
@@ -74,6 +77,7 @@ class Option:
     argument: bool
     switch: bool
     written: bool
+    short: str | None
     panel: str | None
 
     @property

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectool.picture import COLOURS, make_figure, save
+from spectool.picture import COLOURS, make_figure, save, style
 
 # Values of a metric at a step: one, or one for each head.
 Points = list[tuple[int, list[float | None]]]
@@ -26,12 +26,13 @@ def draw_curve(metrics: Path, picture: Path) -> None:
             if any(isinstance(each, dict) for each in values):
                 continue
             curves.setdefault(name.replace("_", " "), []).append((line["step"], values))
-    figure = make_figure(6, 0.4 + 1.8 * len(curves))
-    panels = figure.subplots(len(curves), squeeze=False, sharex=True)[:, 0]
-    for panel, (name, points) in zip(panels, curves.items(), strict=True):
-        _draw_panel(panel, name, points)
-    panels[-1].set_xlabel("step", fontsize=8)
-    save(figure, picture)
+    with style():
+        figure = make_figure(6, 0.4 + 1.8 * len(curves))
+        panels = figure.subplots(len(curves), squeeze=False, sharex=True)[:, 0]
+        for panel, (name, points) in zip(panels, curves.items(), strict=True):
+            _draw_panel(panel, name, points)
+        panels[-1].set_xlabel("step")
+        save(figure, picture)
 
 
 def _draw_panel(panel: Any, name: str, points: Points) -> None:
@@ -48,7 +49,5 @@ def _draw_panel(panel: Any, name: str, points: Points) -> None:
             label=f"head {number + 1}",
         )
     if len(points[0][1]) > 1:
-        panel.legend(frameon=False, fontsize=6)
-    panel.set_ylabel(name, fontsize=8)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
+        panel.legend()
+    panel.set_ylabel(name)

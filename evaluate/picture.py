@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectool.evaluate.bench import Part, Run
-from spectool.picture import COLOURS, make_figure, save
+from spectool.picture import COLOURS, INK, MUTED, PAPER, SMALL, make_figure, save, style
 
 # When the colours repeat, hatches distinguish the bars.
 _HATCHES = ("", "//", "..", "xx")
@@ -17,17 +17,18 @@ _LONGEST_NAME = 36
 
 def draw(runs: Sequence[Run], machine: Mapping[str, Any], path: Path) -> None:
     """Draw a panel per run of `bench`, with a group of bars per category and one for all."""
-    figure = make_figure(8, 1 + 2.6 * len(runs))
-    panels = figure.subplots(len(runs), squeeze=False)[:, 0]
-    for panel, run in zip(panels, runs, strict=True):
-        _bars(panel, run)
-    # The panel with the most names has them all: baselines run at batch size 1 only.
-    handles, labels = max((p.get_legend_handles_labels() for p in panels), key=lambda h: len(h[1]))
-    columns = 3 if max(map(len, labels), default=0) <= _LONGEST_NAME // 2 else 2
-    style = {"ncols": columns, "frameon": False, "fontsize": 8}
-    figure.legend(handles, labels, loc="outside upper center", **style)
-    figure.supxlabel(_small_print(runs, machine), fontsize=6, color="#555555")
-    save(figure, path)
+    with style():
+        figure = make_figure(8, 1 + 2.6 * len(runs))
+        panels = figure.subplots(len(runs), squeeze=False)[:, 0]
+        for panel, run in zip(panels, runs, strict=True):
+            _bars(panel, run)
+        # The panel with the most names has them all: baselines run at batch size 1 only.
+        named = (panel.get_legend_handles_labels() for panel in panels)
+        handles, labels = max(named, key=lambda found: len(found[1]))
+        columns = 3 if max(map(len, labels), default=0) <= _LONGEST_NAME // 2 else 2
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+        figure.supxlabel(_small_print(runs, machine), fontsize=SMALL - 1, color=MUTED)
+        save(figure, path)
 
 
 def _bars(panel: Any, run: Run) -> None:
@@ -46,21 +47,19 @@ def _bars(panel: Any, run: Run) -> None:
             label=_short(row.name),
             color=colours[index % len(colours)],
             hatch=_HATCHES[index // len(colours) % len(_HATCHES)],
-            edgecolor="white",
+            edgecolor=PAPER,
             linewidth=0,
         )
         if len(groups) * (len(run.rows) - 1) <= 24:
-            background = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-            panel.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=background)
-    panel.axhline(1, color="black", linewidth=0.8, zorder=0)
-    panel.set_xticks(range(len(groups)), [name for name, _ in groups], fontsize=8)
-    panel.set_ylabel("speed-up over plain", fontsize=8)
+            background = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.4}
+            panel.bar_label(bars, fmt="%.2f", fontsize=SMALL, padding=2, bbox=background)
+    panel.axhline(1, color=INK, linewidth=0.8, zorder=0)
+    panel.set_xticks(range(len(groups)), [name for name, _ in groups])
+    panel.set_ylabel("speed-up over plain")
     name = Path(run.model).name or run.model
     title = f"{name}: {run.runtime}, batch size {run.batch_size}"
-    panel.set_title(title, fontsize=8, loc="left")
-    panel.tick_params(axis="y", labelsize=8)
+    panel.set_title(title)
     panel.tick_params(axis="x", length=0)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _short(name: str) -> str:

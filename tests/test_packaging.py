@@ -141,6 +141,7 @@ QUICK_COMMANDS = [
     "generate --help",
     "chat --help",
     "inspect model",
+    "report result.json",
 ]
 
 
@@ -153,6 +154,7 @@ def test_quick_commands_do_not_import_torch(tmp_path: Path) -> None:
     header += b" " * (-len(header) % 8)
     weights = len(header).to_bytes(8, "little") + header + b"\0" * 4
     (checkpoint / "model.safetensors").write_bytes(weights)
+    (tmp_path / "result.json").write_text('{"schema_version": 2}')
     script = f"""
 import os, sys
 os.chdir({str(tmp_path)!r})

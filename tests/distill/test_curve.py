@@ -27,7 +27,7 @@ def test_each_metric_has_a_panel_and_equal_files_give_equal_bytes(tmp_path: Path
     draw_curve(metrics, picture)
     drawn = picture.read_bytes()
     for words in ("loss", "held-out accuracy", "held-out tokens per forward", "head 2", "step"):
-        assert f"<!-- {words} -->".encode() in drawn, words
+        assert f">{words}</text>".encode() in drawn, words
     assert b"score" not in drawn
     draw_curve(metrics, picture)
     assert picture.read_bytes() == drawn

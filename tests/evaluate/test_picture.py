@@ -54,11 +54,10 @@ def test_bars_and_small_print_are_in_the_picture(tmp_path: Path) -> None:
     path = tmp_path / "bench.svg"
     draw([run(1, "qa", "rag"), replace(run(4, "qa"), baselines=[])], MACHINE, path)
     first = path.read_bytes()
-    # Texts are drawn as outlines, and named in comments.
     for word in ("qa", "all", "speed-up over plain", "small: dense, float32, batch size 4",
                  "...ry/long/that/nobody/reads:depth=4", "1.50", "transformers plain",
                  "A processor, threads: 2; float32; 4 prompts; spectool 0.1.0"):  # fmt: skip
-        assert f"<!-- {word} -->".encode() in first, word
+        assert f">{word}</text>".encode() in first, word
     draw([run(1, "qa", "rag"), replace(run(4, "qa"), baselines=[])], MACHINE, path)
     assert path.read_bytes() == first and [path] == list(tmp_path.iterdir())
 
