@@ -25,8 +25,8 @@ from spectool.picture import SUFFIXES, inline_svg, load_matplotlib, render, styl
 
 # In the order of the page; each is a module of `sections`.
 SECTIONS = (
-    "gates", "checkpoints", "tasks", "layers", "speed", "depth", "losslessness", "training",
-    "figures", "commands",
+    "gates", "checkpoints", "tasks", "trust", "layers", "speed", "depth", "losslessness",
+    "training", "figures", "commands",
 )  # fmt: skip
 _HERE = Path(__file__).parent
 
@@ -176,6 +176,10 @@ def _tiles(runs: Sequence[Run]) -> Iterator[Tile]:
         most = max(rows, key=lambda row: row["tokens_per_forward"])
         yield Tile("Tokens per forward", text_of(most["tokens_per_forward"]), most["name"])
     for run in runs:
+        if "dimensions" in run.data:
+            verdict = run.data["verdict"]
+            good = {"pass": True, "fail": False}.get(verdict)
+            yield Tile("Trust", verdict, run.name, good=good)
         if "promises" in run.data:
             kept = not run.data["broken"]
             yield Tile("Losslessness", "kept" if kept else "not kept", run.name, good=kept)

@@ -1,4 +1,4 @@
-"""Tasks: scores with their intervals, beside the reference's."""
+"""Tasks: scores with their intervals, of all checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from spectool.evaluate.report.content import (
     interval_of,
     number_of,
 )
-from spectool.evaluate.report.curves import WIDTH, short
+from spectool.evaluate.report.intervals import Whisker, draw_intervals
 from spectool.evaluate.report.runs import Run
-from spectool.picture import COLOURS, MARKERS, make_figure
 
 _NAMES = ("task", "name")
 
@@ -33,19 +32,20 @@ def make(runs: Sequence[Run]) -> Section | None:
         [Cell(name), *(figure(scores.get(key)) for key in columns), Cell(run.name)]
         for run, name, scores in found
     ]
-    headings = ["Task", *(key.replace("_", " ").capitalize() for key in columns), "Result"]
-    drawn = next(filter(None, (_first_interval(scores) for _, _, scores in found)), None)
-    pictures = []
-    if drawn is not None:
-        label = drawn.replace("_", " ")
-        pictures = [
-            Picture(
-                name="tasks",
-                title=f"{label.capitalize()} of each task, with intervals of 95%",
-                draw=partial(_draw, found, drawn, label),
-            )
-        ]
+    headings = ["Task", *(_words(key) for key in columns), "Result"]
     table = filled(Table(caption="Scores of tasks", headings=headings, rows=rows))
+    drawn = next((key for _, _, scores in found for key in scores if interval_of(scores[key])), "")
+    whiskers = [
+        Whisker(name, run.name, value, ends, f"{name}, {run.name}: {figure(scores[drawn]).text}")
+        for run, name, scores in found
+        if (ends := interval_of(scores.get(drawn)))
+        and (value := number_of(scores[drawn])) is not None
+    ]
+    pictures = []
+    if whiskers:
+        title = f"{_words(drawn)} of each task, with intervals of 95%"
+        draw = partial(draw_intervals, whiskers, label=_words(drawn).lower())
+        pictures = [Picture(name="tasks", title=title, draw=draw)]
     return Section(name="tasks", title="Tasks", pictures=pictures, tables=[table])
 
 
@@ -58,40 +58,5 @@ def _tasks(run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield name or next(str(each[key]) for key in _NAMES if key in each), scores
 
 
-def _first_interval(scores: Mapping[str, Any]) -> str | None:
-    return next((key for key, value in scores.items() if interval_of(value)), None)
-
-
-def _draw(
-    found: Sequence[tuple[Run, str, Mapping[str, Any]]],
-    drawn: str,
-    label: str,
-    hints: dict[str, str],
-) -> Any:
-    """Draw a line for each task, with the scores of all results on it."""
-    tasks = list(dict.fromkeys(name for _, name, _ in found))
-    names = list(dict.fromkeys(run.name for run, _, _ in found))
-    whole = make_figure(WIDTH, 1.0 + 0.3 * len(tasks) * max(1.0, len(names) / 3))
-    panel = whole.subplots()
-    panel.grid(axis="x")
-    panel.set_axisbelow(True)
-    labelled = set()
-    for number, (run, name, scores) in enumerate(found):
-        value, ends = number_of(scores.get(drawn)), interval_of(scores.get(drawn))
-        if value is None or ends is None:
-            continue
-        index = names.index(run.name)
-        height = tasks.index(name) + 0.7 * ((index + 0.5) / len(names) - 0.5)
-        colour = COLOURS[index % len(COLOURS)]
-        panel.hlines(height, *ends, color=colour, linewidth=1.2)
-        once = None if run.name in labelled else short(run.name)
-        labelled.add(run.name)
-        gid = f"score-{number}"
-        hints[gid] = f"{name}, {run.name}: {figure(scores[drawn]).text}"
-        look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
-        panel.plot([value], [height], gid=gid, label=once, **look)
-    panel.set_yticks(range(len(tasks)), [short(name) for name in tasks])
-    panel.set_ylim(len(tasks) - 0.5, -0.5)
-    panel.set_xlabel(label)
-    whole.legend(loc="outside upper left", ncols=2, handlelength=1.2)
-    return whole
+def _words(key: str) -> str:
+    return key.replace("_", " ").capitalize()

@@ -119,6 +119,27 @@ def certificate() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def trust() -> dict[str, Any]:
+    dimension = {
+        "items": 40,
+        "unscored": 2,
+        "reference": {"value": 62.5, "lower": 50.0, "upper": 71.875},
+        "model": {"value": 56.25, "lower": 43.75, "upper": 68.75},
+        "delta": {"value": -6.25, "lower": -9.375, "upper": -3.125},
+        "p_holm": 0.046875,
+        "verdict": "fail",
+    }
+    return {
+        "schema_version": 2,
+        "verdict": "fail",
+        "items": 40,
+        "dimensions": {"fairness": dimension},
+        "not_measured": {"privacy": "no items"},
+        "limits": "Proxies in English.",
+        "gates": [],
+    }
+
+
 def peers() -> dict[str, Any]:
     rows = [{"method": "original", "text": "stories", "perplexity": 20.0, "kl": 0.0}]
     for seed in (0, 1):
@@ -143,6 +164,7 @@ ALL: dict[str, dict[str, Any]] = {
     "06-train-heads": heads(),
     "07-certificate": certificate(),
     "08-peers": peers(),
+    "09-trust": trust(),
 }
 
 

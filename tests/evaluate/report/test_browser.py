@@ -36,7 +36,7 @@ SORT = """(() => {
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     # Names that no line can hold.
-    long = {"09-eval": results.evaluation("q" * 90, 3, 1.0, 0.25)}
+    long = {"10-eval": results.evaluation("q" * 90, 3, 1.0, 0.25)}
     runs = read_runs([results.write(folder / "run", results.ALL | long)])
     write_report(runs, folder / "report.html")
     return folder / "report.html"

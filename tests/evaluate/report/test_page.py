@@ -128,7 +128,7 @@ def test_headings_tables_and_pictures_can_be_read_by_others(page: Page) -> None:
     assert len(page.all("table")) == len(page.all("caption"))
     assert all("scope" in attributes for attributes, _ in page.all("th"))
     pictures = page.all("svg")
-    assert len(pictures) == 7 and all(each["role"] == "img" for each, _ in pictures)
+    assert len(pictures) == 8 and all(each["role"] == "img" for each, _ in pictures)
     titles = [text for each, text in page.all("title") if "-title" in (each.get("id") or "")]
     assert titles == [text for _, text in page.all("figcaption")]
     assert page.all("html")[0][0]["lang"] == "en"
@@ -186,6 +186,14 @@ def test_depth_is_the_share_of_passes_that_accept_so_many_tokens(page: Page) -> 
     assert next(r for r in rows.values() if r.startswith("ngram:max_n=3 on small")).endswith(
         "50.0%25.0%12.5%"
     )
+
+
+def test_an_audit_says_its_verdict_and_what_it_could_not_measure(page: Page) -> None:
+    (row,) = (text for _, text in page.all("tr") if text.startswith("fairness"))
+    assert "fail" in row and "-6.25 [-9.375, -3.125]" in row
+    texts = [text for _, text in page.all("p")]
+    assert "09-trust: not measured: privacy (no items)." in texts
+    assert "09-trust: Proxies in English." in texts
 
 
 def test_points_and_cells_say_what_they_are(page: Page) -> None:
