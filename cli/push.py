@@ -9,8 +9,9 @@ from pathlib import Path
 from spectool.checkpoint.card import README
 from spectool.checkpoint.checksums import Checksums, parse
 from spectool.checkpoint.headers import HEADS, TRAINING, read_json, read_layout
-from spectool.cli.common import Output, size
+from spectool.cli.common import Output
 from spectool.errors import InputError, UsageError
+from spectool.files import size
 from spectool.options import Config, option
 
 
