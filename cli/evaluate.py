@@ -11,6 +11,7 @@ from spectool.decode.options import CacheOptions
 from spectool.evaluate.options import EvalOptions
 
 if TYPE_CHECKING:
+    from spectool.data.windows import Windows
     from spectool.evaluate.context import Plan
 
 
@@ -45,17 +46,31 @@ def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
         raise typer.Exit(3)
 
 
+def _describe_windows(windows: Windows) -> str:
+    """Describe how a text was cut, and what is scored of it."""
+    begins = "no BOS token" if windows.bos is None else "each starts with the BOS token"
+    if windows.stride is not None:
+        return (
+            f"windows of {windows.length} tokens, {windows.stride} tokens apart, {begins}, each "
+            "token scored in the first window that holds it"
+        )
+    if windows.protocol == "c4":
+        return (
+            f"windows of {windows.length} tokens at random places of long documents, the first "
+            "token of each not scored"
+        )
+    scored = "all text tokens scored"
+    if windows.bos is None:
+        scored = "the first token of each window not scored, the text's rest dropped"
+    return f"windows of {windows.length} tokens without overlap, {begins}, {scored}"
+
+
 def _show_plan(output: Output, options: EvalOptions, plan: Plan) -> None:
     """Print what is scored, and what is kept of it."""
     windows = plan.windows
     output.say(f"text: {plan.text}")
-    scored = "no BOS token, the first token of each window not scored, the text's rest dropped"
-    if windows.bos is not None:
-        scored = "each starts with the BOS token, all text tokens scored"
-    output.say(
-        f"protocol: windows of {windows.length} tokens without overlap, {scored}; "
-        f"{windows.num_tokens} tokens scored"
-    )
+    name = "" if windows.protocol == "text" else f" {windows.protocol}"
+    output.say(f"protocol{name}: {_describe_windows(windows)}; {windows.num_tokens} tokens scored")
     if plan.saved_bytes is not None:
         kept = f"the {options.save_top_k} largest" if options.save_top_k else "all (lossless)"
         output.say(

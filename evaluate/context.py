@@ -20,17 +20,8 @@ from spectool.checkpoint.dtypes import parse_dtype
 from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.data.stored_log_probs import LogProbsWriter, StoredLogProbs, expected_bytes
-from spectool.data.template import encode
-from spectool.data.text import (
-    BUILTIN,
-    MIXED,
-    Prompt,
-    builtin_text,
-    check_ids,
-    read_prompts,
-    read_text,
-)
-from spectool.data.windows import Windows, cut
+from spectool.data.text import BUILTIN, Prompt, check_ids, read_prompts
+from spectool.data.windows import Windows
 from spectool.decode.generate import Runner
 from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, NotFinite, UsageError
@@ -50,6 +41,7 @@ from spectool.evaluate.log_probs import (
     resident_bytes,
 )
 from spectool.evaluate.options import EvalOptions
+from spectool.evaluate.protocols import make_windows
 from spectool.machine import available_memory
 from spectool.model.loading import (
     check_device,
@@ -142,7 +134,11 @@ class Context:
             _check_windows(options, saved, self._context_length)
             windows, origin, text = saved.windows, str(options.reference), options.reference
         else:
-            windows = self._cut_windows()
+            if options.save_reference is not None and options.stride is not None:
+                raise UsageError("--save-reference keeps windows that do not overlap: no --stride")
+            windows = make_windows(
+                options, self.tokenizer, self._context_length, reporter=self.reporter
+            )
             origin = f"{self.checkpoint.path}: its tokenizer"
             text = ", ".join(options.text) or BUILTIN
         for ids_SL in windows.groups:
@@ -223,32 +219,6 @@ class Context:
     def _context_length(self) -> int:
         return self.checkpoint.layout.context or 2048
 
-    def _cut_windows(self) -> Windows:
-        """Cut the texts into windows.
-
-        Raises:
-            InputError: an option does not fit the model, or the text is too short.
-        """
-        options, tokenizer, context = self.options, self.tokenizer, self._context_length
-        length = options.window or min(context, 2048)
-        if length > context:
-            raise UsageError(f"--window {length}: the model's context is {context}")
-        if options.bos and tokenizer.bos_token_id is None:
-            raise UsageError("--bos: the tokenizer has no BOS token")
-        if options.text:
-            text = read_text(
-                options.text,
-                tokenizer,
-                field=options.field,
-                template=options.template or None,
-                max_characters=options.limit,
-                reporter=self.reporter,
-            )
-        else:
-            text = builtin_text(MIXED)
-        ids = encode(tokenizer, text[: options.limit])
-        return cut(ids, length=length, bos=tokenizer.bos_token_id if options.bos else None)
-
     def _open_log_probs(self, checkpoint: Checkpoint, kv: str = "dense") -> LogProbs:
         """Load a checkpoint whole, or open it to run block by block.
 
@@ -297,10 +267,9 @@ def _check_windows(options: EvalOptions, saved: StoredLogProbs, context: int) ->
     Raises:
         UsageError: one does, or they do not.
     """
-    given = {"text": options.text, "window": options.window, "bos": options.bos}
-    for name, value in {**given, "limit": options.limit}.items():
-        if value:
-            raise UsageError(f"--reference FILE contains the tokens; leave --{name} out")
+    for option in options.changed():
+        if option.name in ("text", "window", "stride", "protocol", "bos", "limit"):
+            raise UsageError(f"--reference FILE contains the tokens; leave {option.flag} out")
     if saved.windows.length > context:
         raise UsageError(
             f"{options.reference}: has windows of {saved.windows.length} tokens; the model's "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from spectool.options import option
 from spectool.shared_options import TextOptions
@@ -22,6 +23,17 @@ class EvalOptions(TextOptions):
     )
     window: int | None = option(
         None, "Tokens per window; default: the model's context, at most 2048", minimum=2
+    )
+    stride: int | None = option(
+        None,
+        "Begin a window every N tokens, so that windows overlap, and score the tokens that no "
+        "earlier window held; default: no overlap",
+        minimum=1,
+    )
+    protocol: Literal["text", "wikitext2", "c4"] = option(
+        "text",
+        "How the text becomes windows: as it is, or as published tables have WikiText-2 (lines "
+        "joined by blank lines) and C4 (256 random windows of long documents)",
     )
     bos: bool = option(False, "Start each window with the BOS token", switch=True)
     limit: int | None = option(None, "Use only the first N characters of the text", minimum=1)

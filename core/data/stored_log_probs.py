@@ -37,7 +37,8 @@ LOWEST = -1e30
 class Record:
     """Metadata of a reference file.
 
-    `length`, `bos`: of the windows. `source`: fingerprint of the checkpoint; `tokenizer`: digest.
+    `length`, `bos`, `protocol`: of the windows. `source`: fingerprint of the checkpoint;
+    `tokenizer`: digest.
     """
 
     length: int
@@ -46,6 +47,7 @@ class Record:
     top_k: int
     source: str
     tokenizer: str
+    protocol: str = "text"
     kind: str = "reference"
     format_version: int = FORMAT_VERSION
 
@@ -103,6 +105,7 @@ class LogProbsWriter:
             top_k=self.top_k,
             source=source,
             tokenizer=tokenizer,
+            protocol=self.windows.protocol,
         )
         with disk_errors(self.path):
             for file in self.files.values():
@@ -161,7 +164,8 @@ class StoredLogProbs:
             for name in sorted(self.entries)
             if name.startswith("ids.")
         ]
-        self.windows = Windows(tuple(groups), self.record.length, self.record.bos)
+        of = self.record
+        self.windows = Windows(tuple(groups), of.length, of.bos, protocol=of.protocol)
 
     @property
     def is_lossless(self) -> bool:

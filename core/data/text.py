@@ -135,14 +135,41 @@ def read_text(
 ) -> str:
     """Read all rows of all sources as one text, separated by blank lines.
 
-    Without sources, the built-in text. Hub data sets are streamed and may be endless: each is read
-    up to `max_characters`; files are read whole. The summary of each source is reported.
+    Without sources, the built-in text. Otherwise see `read_documents`.
 
     Raises:
         TextError: as `read_rows`; or the sources hold no text.
     """
     if not sources:
         return builtin_text()
+    documents = read_documents(
+        sources,
+        tokenizer,
+        field=field,
+        template=template,
+        max_characters=max_characters,
+        reporter=reporter,
+    )
+    return "\n\n".join(documents)
+
+
+def read_documents(
+    sources: Sequence[str],
+    tokenizer: Any,
+    *,
+    field: str | None = None,
+    template: Template | None = None,
+    max_characters: int | None = None,
+    reporter: Reporter = SILENT,
+) -> list[str]:
+    """Read the text of each row of all sources.
+
+    Hub data sets are streamed and may be endless: each is read up to `max_characters`; files are
+    read whole. The summary of each source is reported.
+
+    Raises:
+        TextError: as `read_rows`; or the sources hold no text.
+    """
     texts: list[str] = []
     for source in sources:
         limit = max_characters if source.startswith(HUB_PREFIX) else None
@@ -157,10 +184,9 @@ def read_text(
             if limit is not None and num_characters >= limit:
                 break
         reporter.event(reading)
-    joined = "\n\n".join(texts)
-    if not joined.strip():
+    if not any(text.strip() for text in texts):
         raise TextError(f"{', '.join(sources)}: holds no text")
-    return joined
+    return texts
 
 
 def builtin_text(kind: str | None = None) -> str:

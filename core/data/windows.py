@@ -14,6 +14,7 @@ Shapes: S windows, B of a batch, L tokens of each.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,13 +49,15 @@ class Batch:
 class Windows:
     """Windows of a text, in groups of one length and one number of scored tokens, in order.
 
-    `stride`: tokens between the starts of windows that overlap; None: they do not.
+    `stride`: tokens between the starts of windows that overlap; None: they do not. `protocol`: how
+    the text became windows (`evaluate/protocols.py`).
     """
 
     groups: tuple[Tensor, ...]
     length: int
     bos: int | None
     stride: int | None = None
+    protocol: str = "text"
 
     @property
     def scored(self) -> tuple[int, ...]:
@@ -90,6 +93,13 @@ class Windows:
         groups = zip(self.groups, self.scored, strict=True)
         return torch.cat([ids_SL[:, -scored:].flatten() for ids_SL, scored in groups])
 
+    def digest(self) -> str:
+        """Return `sha256:...` of the tokens of all windows."""
+        digest = hashlib.sha256()
+        for ids_SL in self.groups:
+            digest.update(ids_SL.to(torch.int32).contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
     def batches(self, vocabulary: int, *, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield all windows in order, by default in batches with logits of up to LOGITS_BYTES."""
         for group, (ids_SL, scored) in enumerate(zip(self.groups, self.scored, strict=True)):
@@ -99,7 +109,14 @@ class Windows:
                 yield Batch(group, rows, ids_SL[rows], scored)
 
 
-def cut(ids: list[int], *, length: int, bos: int | None, stride: int | None = None) -> Windows:
+def cut(
+    ids: list[int],
+    *,
+    length: int,
+    bos: int | None,
+    stride: int | None = None,
+    protocol: str = "text",
+) -> Windows:
     """Cut a text into windows of `length` tokens; `bos` is the BOS token's id, None without one.
 
     Raises:
@@ -121,7 +138,7 @@ def cut(ids: list[int], *, length: int, bos: int | None, stride: int | None = No
     groups = [_open(rows_SL, bos)]
     if bos is not None and len(ids) % inside:
         groups.append(_open(torch.tensor([ids[whole * inside :]]), bos))
-    return Windows(tuple(groups), length, bos)
+    return Windows(tuple(groups), length, bos, protocol=protocol)
 
 
 def _overlap(ids: list[int], inside: int, bos: int | None, stride: int) -> Windows:

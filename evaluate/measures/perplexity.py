@@ -52,15 +52,20 @@ class Decile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPerplexity:
-    """A perplexity with its interval, the windows, activations and store of keys and values it
-    holds for, and its parts.
+    """A perplexity with its interval, what it holds for, and its parts.
+
+    `text`: digest of the tokens. `stride`: None where windows do not overlap. `activations`, `kv`:
+    as the model computed with.
     """
 
     value: float
     lower: float
     upper: float
     tokens: int
+    text: str
+    protocol: str
     window: int
+    stride: int | None
     bos: bool
     activations: str
     kv: str
@@ -76,7 +81,7 @@ class Perplexity(Measure):
 
     @classmethod
     def run(cls, context: Context) -> Self:
-        scores = context.scores
+        scores, windows = context.scores, context.windows
         found = scores.interval(["nll"], torch.exp)
         return cls(
             perplexity=TextPerplexity(
@@ -84,8 +89,11 @@ class Perplexity(Measure):
                 lower=found.lower,
                 upper=found.upper,
                 tokens=scores.num_tokens,
-                window=context.windows.length,
-                bos=context.windows.bos is not None,
+                text=windows.digest(),
+                protocol=windows.protocol,
+                window=windows.length,
+                stride=windows.stride,
+                bos=windows.bos is not None,
                 activations=scores.activations,
                 kv=context.load.kv,
                 by_position=_by_position(scores),

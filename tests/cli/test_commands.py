@@ -172,7 +172,19 @@ def test_eval_compares_and_gates(
     done = spectool(*words, "--gate", "perplexity_ratio<=100", "--json")
     assert done.code == 0, done.err
     result = done.json
-    named = {"value", "lower", "upper", "tokens", "window", "bos", "activations", "kv"}
+    named = {
+        "value",
+        "lower",
+        "upper",
+        "tokens",
+        "text",
+        "protocol",
+        "window",
+        "stride",
+        "bos",
+        "activations",
+        "kv",
+    }
     assert named | {"by_position", "by_frequency"} == result["perplexity"].keys()
     assert {"reference", "perplexity_ratio", "kl", "top1_agreement", "gates"} <= result.keys()
     assert result["gates"] == [

@@ -17,7 +17,10 @@ RESULTS = [
             lower=3.9,
             upper=4.1,
             tokens=100,
+            text="sha256:0",
+            protocol="text",
             window=8,
+            stride=None,
             bos=True,
             activations="exact",
             kv="dense",
@@ -83,7 +86,7 @@ def test_an_unknown_figure_is_refused_before_anything_runs() -> None:
 def test_metrics_are_the_numbers_only() -> None:
     ends = ("value", "lower", "upper")
     parts = {
-        "perplexity": [*ends, "tokens", "window"],
+        "perplexity": [*ends, "tokens", "window", "stride"],
         "reference": ["perplexity"],
         "perplexity_ratio": ends,
         "perplexity_difference": ends,

@@ -1,0 +1,100 @@
+"""Protocols of perplexity: how a text becomes the windows of tokens that are scored.
+
+`text` takes the text as it is. The other two are those of published tables, so that figures can be
+compared with them; both are the data loaders that the scripts of GPTQ (Frantar et al., 2023)
+brought into use, with the tokenizer's own special tokens at the start of what is encoded.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from spectool.data.template import encode
+from spectool.data.text import MIXED, builtin_text, read_documents
+from spectool.data.windows import Windows, cut
+from spectool.errors import TextError, UsageError
+from spectool.evaluate.options import EvalOptions
+from spectool.report import SILENT, Reporter
+
+# Windows of the protocol `c4`.
+C4_WINDOWS = 256
+
+
+def make_windows(
+    options: EvalOptions, tokenizer: Any, context: int, *, reporter: Reporter = SILENT
+) -> Windows:
+    """Cut the texts into windows.
+
+    Raises:
+        InputError: an option does not fit the model or the protocol, or the text is too short.
+    """
+    length = options.window or min(context, 2048)
+    if length > context:
+        raise UsageError(f"--window {length}: the model's context is {context}")
+    if options.bos and tokenizer.bos_token_id is None:
+        raise UsageError("--bos: the tokenizer has no BOS token")
+    if options.protocol != "text":
+        _check_published(options)
+    documents = [builtin_text(MIXED)]
+    if options.text:
+        documents = read_documents(
+            options.text,
+            tokenizer,
+            field=options.field,
+            template=options.template or None,
+            max_characters=options.limit,
+            reporter=reporter,
+        )
+    if options.protocol == "c4":
+        return _c4(documents, tokenizer, length)
+    if options.protocol == "wikitext2":
+        return _wikitext2(documents, tokenizer, length)
+    ids = encode(tokenizer, "\n\n".join(documents)[: options.limit])
+    bos = tokenizer.bos_token_id if options.bos else None
+    return cut(ids, length=length, bos=bos, stride=options.stride)
+
+
+def _check_published(options: EvalOptions) -> None:
+    """Raise a UsageError for an option that a protocol of published tables does not have."""
+    for name in ("bos", "stride", "limit"):
+        if getattr(options, name):
+            raise UsageError(f"--protocol {options.protocol} has no --{name}; leave it out")
+    if not options.text:
+        raise UsageError(f"--protocol {options.protocol} needs its text: --text FILE")
+
+
+def _wikitext2(documents: Sequence[str], tokenizer: Any, length: int) -> Windows:
+    """Join the lines by blank lines, encode them as one text and cut it without overlap.
+
+    The lines are the rows of the data set: with their newline, and empty where they are blank.
+    """
+    lines = [line for text in documents for line in re.findall(r"[^\n]*\n|[^\n]+", text) or [""]]
+    text = "\n\n".join(line if line.strip() else "" for line in lines)
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return cut(ids, length=length, bos=None, protocol="wikitext2")
+
+
+def _c4(documents: Sequence[str], tokenizer: Any, length: int) -> Windows:
+    """Draw windows from random places of random documents longer than a window, by seed 0."""
+    draw = random.Random(0)
+    encoded: dict[int, list[int]] = {}
+    rows: list[list[int]] = []
+    while len(rows) < C4_WINDOWS:
+        index = draw.randint(0, len(documents) - 1)
+        if index not in encoded:
+            encoded[index] = tokenizer(documents[index], verbose=False)["input_ids"]
+        ids = encoded[index]
+        if len(ids) > length:
+            start = draw.randint(0, len(ids) - length - 1)
+            rows.append(ids[start : start + length])
+        elif len(encoded) == len(documents) and not rows:
+            raise TextError(
+                f"no document has more tokens than a window of {length}",
+                hint="give longer documents, or a smaller --window",
+            )
+    return Windows((torch.tensor(rows),), length, None, protocol="c4")
