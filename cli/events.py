@@ -11,6 +11,7 @@ from spectool.data.text import Reading
 from spectool.report import (
     ChainRates,
     FeaturesFound,
+    LayersNotCompared,
     Loaded,
     NoAssistant,
     NoBaselines,
@@ -61,6 +62,8 @@ def describe(event: Any) -> Iterator[str]:
             yield f"{steps} steps, about {seconds / 60:.1f} min, and the evaluations"
         case NotItsSource(name, reference):
             yield f"{reference}: {name} was not quantized from it; no layer errors"
+        case LayersNotCompared(name, reference, reason):
+            yield f"decoder layers of {name} and {reference} are not compared: {reason}"
         case PromptsLeftOut(left_out, total, room, context):
             yield (
                 f"{left_out} of {total} prompts left out: with {room} new tokens they do not fit "

@@ -377,6 +377,14 @@ METHODS: dict[str, Method] = {
         summary="Relative squared error of each packed matrix",
         source="folklore",
     ),
+    "decoder_layers": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.decoder_layers:DecoderLayers",
+        summary="Hidden states, attention and gates layer by layer, and the layer that adds most "
+        "error",
+        source="attention entropy: Jha and Reagen, 2025 (arXiv:2501.03489); gates: He et al., "
+        "Neural Networks Behave as Hash Encoders, 2021; the diagnostics alone",
+    ),
     "speed": Method(
         kind="measure",
         target="spectool.evaluate.measures.speed:Speed",

@@ -127,10 +127,19 @@ class TrainingStep:
 
 @dataclass(frozen=True, slots=True)
 class NotItsSource:
-    """A packed checkpoint was not made of its reference, so that no layers are compared."""
+    """A packed checkpoint was not made of its reference, so that no matrices are compared."""
 
     name: str
     reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayersNotCompared:
+    """The decoder layers of a checkpoint are not compared with its reference's."""
+
+    name: str
+    reference: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from spectool.data.text import BUILTIN, Prompt, check_ids, read_prompts
 from spectool.data.windows import Windows
 from spectool.decode.generate import Runner
 from spectool.decode.options import CacheOptions
-from spectool.errors import CheckpointError, NotFinite, UsageError
+from spectool.errors import CheckpointError, NotFinite, UnsupportedError, UsageError
 from spectool.evaluate.bench import Options, Run, bench
 from spectool.evaluate.fidelity import (
     LogProbsReference,
@@ -33,6 +33,7 @@ from spectool.evaluate.fidelity import (
     StoredReference,
     score,
 )
+from spectool.evaluate.layer_pairs import Walker
 from spectool.evaluate.log_probs import (
     BlockwiseLogProbs,
     CachedLogProbs,
@@ -51,13 +52,15 @@ from spectool.model.loading import (
     load_tokenizer,
 )
 from spectool.model.meta import model_class, read_config
-from spectool.report import SILENT, NotItsSource, Reporter
+from spectool.report import SILENT, LayersNotCompared, NotItsSource, Reporter
 
 # A model is loaded whole if it takes at most this share of the free memory.
 MEMORY_SHARE = 0.7
 
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
+
 # What an evaluation may have or lack: attributes of the context.
-Need = Literal["windows", "reference", "source", "prompts"]
+Need = Literal["windows", "reference", "source", "walkers", "prompts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +127,25 @@ class Context:
         if made_from.get("fingerprint") == other.fingerprint():
             return other
         self.reporter.event(NotItsSource(self.checkpoint.name, other.name))
+        return None
+
+    @cached_property
+    def walkers(self) -> tuple[Walker, Walker] | None:
+        """The reference and the checkpoint, if their decoder layers can be compared."""
+        other = self.reference
+        if not isinstance(other, Checkpoint):
+            return None
+        reason = None
+        if self.load.kv != "dense":
+            reason = "block by block there is no cache whose keys and values could be rounded"
+        elif _shape(other) != _shape(self.checkpoint):
+            reason = "they have other widths, numbers or kinds of layers"
+        else:
+            try:
+                return self._open_walker(other), self._open_walker(self.checkpoint)
+            except UnsupportedError as error:
+                reason = str(error)
+        self.reporter.event(LayersNotCompared(self.checkpoint.name, other.name, reason))
         return None
 
     @cached_property
@@ -246,6 +268,14 @@ class Context:
             return ResidentLogProbs(model)
         return CachedLogProbs(model, kv, forward)
 
+    def _open_walker(self, checkpoint: Checkpoint) -> Walker:
+        return Walker(
+            checkpoint,
+            dtype=self._dtype(checkpoint),
+            device=self.device,
+            activations=None if self.load.runtime == "dense" else self.load.activations,
+        )
+
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         return parse_dtype(self.load.dtype) or default_dtype(checkpoint.layout, self.device)
 
@@ -275,6 +305,12 @@ def _check_windows(options: EvalOptions, saved: StoredLogProbs, context: int) ->
             f"{options.reference}: has windows of {saved.windows.length} tokens; the model's "
             f"context is {context}"
         )
+
+
+def _shape(checkpoint: Checkpoint) -> tuple[object, ...]:
+    """Return what two checkpoints have in common whose decoder layers can be compared."""
+    config = read_config(checkpoint).get_text_config(decoder=True)
+    return tuple(getattr(config, name, None) for name in _SHAPE)
 
 
 def _vocabulary(layout: Layout) -> int:

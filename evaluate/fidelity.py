@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectool.data.stored_log_probs import StoredLogProbs, kept_kl
 from spectool.data.windows import Batch, Windows
-from spectool.evaluate.intervals import Interval, bootstrap
+from spectool.evaluate.intervals import Interval, over_clusters
 from spectool.evaluate.log_probs import LogProbs
 from spectool.report import SILENT, Reporter
 
@@ -73,10 +73,9 @@ class Scores:
         sums_SK.index_add_(0, torch.repeat_interleave(counts_S), values_NK)
         # Sums and counts, not tokens: thousands of resamples of windows, not of what is in them.
         columns_SK = torch.cat([sums_SK, counts_S[:, None].double()], 1)
-        found = bootstrap(
+        return over_clusters(
             columns_SK, lambda m_RK: statistic(*(m_RK[:, :-1] / m_RK[:, -1:]).unbind(1))
         )
-        return found if len(counts_S) > 1 else Interval(found.value, math.nan, math.nan)
 
 
 class LogProbsReference:

@@ -78,6 +78,17 @@ def bootstrap(
     return Interval(value, float(edges[0]), float(edges[1]))
 
 
+def over_clusters(
+    columns_CK: Tensor, statistic: Callable[[Tensor], Tensor] = lambda means_RK: means_RK[:, 0]
+) -> Interval:
+    """Return a statistic of the columns' means over clusters, with its interval.
+
+    One cluster has no interval: its ends are NaN, which no gate takes for a good value.
+    """
+    found = bootstrap(columns_CK, statistic)
+    return found if len(columns_CK) > 1 else Interval(found.value, math.nan, math.nan)
+
+
 def share(count: int, of: int) -> Interval:
     """Return a share of independent items with Wilson's score interval (1927).
 

@@ -16,6 +16,7 @@ _GIVEN_BY: dict[Need, str] = {
     "windows": "a text",
     "reference": "--reference",
     "source": "--reference CHECKPOINT, from which MODEL was quantized",
+    "walkers": "--reference CHECKPOINT with decoder layers like MODEL's",
     "prompts": "--prompts",
 }
 
