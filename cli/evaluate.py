@@ -28,6 +28,8 @@ def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
     for result in evaluation.measures:
         for line in result.lines():
             output.show(line)
+    for change in evaluation.changes or ():
+        output.show(change.line())
     for checked in evaluation.gates:
         word = "holds" if checked.holds else "does not hold"
         output.show(f"gate {checked.expression}: {word} ({checked.value:.4g})")

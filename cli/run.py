@@ -153,7 +153,7 @@ def _check_gates(plans: Sequence[VariantPlan]) -> None:
                 measures = [methods.import_method(name, "measure") for name in names]
                 known = [metric for measure in measures for metric in measure.metrics()]
                 try:
-                    parse_gates(config.gate, known)
+                    parse_gates(config.gate, known, has_baseline=config.baseline is not None)
                 except UsageError as error:
                     place = plan.variant.sections["eval"]["gate"].place
                     raise UsageError(f"{place}: eval: {error}", hint=error.hint) from None

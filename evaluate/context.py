@@ -171,6 +171,23 @@ class Context:
         self.reporter.plan(Plan(text=str(text), windows=windows, saved_bytes=saved_bytes))
         return windows
 
+    def setting(self) -> dict[str, object]:
+        """Return what two results have in common that can be compared, as far as it is needed."""
+        config = read_config(self.checkpoint).get_text_config(decoder=True)
+        found: dict[str, object] = {name: getattr(config, name, None) for name in _SHAPE}
+        found["tokenizer"] = hash_vocabulary(self.tokenizer)
+        if "windows" in self.needs:
+            found["text"] = self.windows.digest()
+            for name in ("protocol", "length", "stride", "bos"):
+                found[name] = getattr(self.windows, name)
+        if "reference" in self.needs:
+            match self.reference:
+                case StoredLogProbs(record=record):
+                    found["reference"] = record.source
+                case Checkpoint() as other:
+                    found["reference"] = other.fingerprint()
+        return found
+
     @cached_property
     def scores(self) -> Scores:
         """The sums of one pass over the windows, which also writes `--save-reference`."""

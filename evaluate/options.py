@@ -42,6 +42,11 @@ class EvalOptions(TextOptions):
         "Condition on a metric, such as 'perplexity_ratio<=1.1': exit code 3 if it does not hold; "
         "repeatable",
     )
+    baseline: Path | None = option(
+        None,
+        "Earlier output of eval --json to compare with; gates may name a change from it: "
+        "'kl/baseline<=1.01', 'top1_agreement-baseline>=-0.001'",
+    )
     measure: tuple[str, ...] = option(
         (),
         "What to measure (`spectool list measures`); repeatable; default: everything that the "

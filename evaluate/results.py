@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -20,6 +21,16 @@ def as_json(result: Any) -> Any:
     if isinstance(result, dict):
         return {key: as_json(value) for key, value in result.items()}
     return [as_json(value) for value in result] if isinstance(result, (list, tuple)) else result
+
+
+def read_number(result: Any, metric: str) -> float:
+    """Return a number by its dotted name, of a dataclass or of its JSON; NaN if it has none."""
+    for name in metric.split("."):
+        found = result.get(name) if isinstance(result, dict) else getattr(result, name, None)
+        if found is None:
+            return math.nan
+        result = found
+    return float(result) if isinstance(result, (int, float)) else math.nan
 
 
 def number_names(kind: type, prefix: str = "") -> Iterator[str]:

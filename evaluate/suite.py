@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from spectool import methods
 from spectool.errors import UsageError
+from spectool.evaluate.baseline import Baseline, Change
 from spectool.evaluate.context import Context, Need
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.measures.base import Measure
@@ -23,17 +25,22 @@ _GIVEN_BY: dict[Need, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The results of the measures, and of the gates."""
+    """The results of the measures and of the gates, the setting, and changes from a baseline."""
 
     measures: list[Measure]
     gates: list[Checked]
+    setting: dict[str, object]
+    changes: list[Change] | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return the fields of all measures as one object."""
         fields = {
             key: value for measure in self.measures for key, value in as_json(measure).items()
         }
-        return {**fields, "gates": as_json(self.gates)}
+        changes = {}
+        if self.changes is not None:
+            changes = {"changes": {each.metric: each.as_json() for each in self.changes}}
+        return {**fields, **changes, "gates": as_json(self.gates), "setting": self.setting}
 
 
 def evaluate(context: Context) -> Evaluation:
@@ -44,11 +51,20 @@ def evaluate(context: Context) -> Evaluation:
     """
     chosen = _choose(context)
     known = [metric for measure in chosen for metric in measure.metrics()]
-    parsed = parse_gates(context.options.gate, known)
+    path, setting = context.options.baseline, context.setting()
+    baseline = None if path is None else Baseline(path)
+    parsed = parse_gates(context.options.gate, known, has_baseline=baseline is not None)
+    if baseline is not None:
+        baseline.check(setting)
+        for gate in parsed:
+            if gate.change and math.isnan(baseline.number(gate.metric)):
+                raise UsageError(f"--gate {gate.expression!r}: {path} has no {gate.metric}")
     if context.options.save_reference is not None and "windows" not in context.needs:
         raise UsageError("--save-reference needs a measure of a text, such as perplexity")
     results = [measure.run(context) for measure in chosen]
-    return Evaluation(results, [gate.check(results) for gate in parsed])
+    checked = [gate.check(results, baseline) for gate in parsed]
+    changes = None if baseline is None else baseline.changes(results)
+    return Evaluation(results, checked, setting, changes)
 
 
 def _choose(context: Context) -> list[type[Measure]]:

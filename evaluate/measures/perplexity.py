@@ -54,7 +54,7 @@ class Decile:
 class TextPerplexity:
     """A perplexity with its interval, what it holds for, and its parts.
 
-    `text`: digest of the tokens. `stride`: None where windows do not overlap. `activations`, `kv`:
+    `stride`: None where windows do not overlap. `activations`, `kv`:
     as the model computed with.
     """
 
@@ -62,7 +62,6 @@ class TextPerplexity:
     lower: float
     upper: float
     tokens: int
-    text: str
     protocol: str
     window: int
     stride: int | None
@@ -89,7 +88,6 @@ class Perplexity(Measure):
                 lower=found.lower,
                 upper=found.upper,
                 tokens=scores.num_tokens,
-                text=windows.digest(),
                 protocol=windows.protocol,
                 window=windows.length,
                 stride=windows.stride,

@@ -177,7 +177,6 @@ def test_eval_compares_and_gates(
         "lower",
         "upper",
         "tokens",
-        "text",
         "protocol",
         "window",
         "stride",

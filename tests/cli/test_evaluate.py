@@ -33,3 +33,28 @@ def test_a_scrambled_layer_is_named_and_fails_its_gate(
     assert failed.out.count("does not hold") == 2
     held = spectool("eval", source, *words, *gates, "--json")
     assert held.code == 0 and held.json["worst_layer"]["error"]["value"] == 0
+
+
+def test_an_earlier_result_is_the_baseline(
+    spectool: Spectool, checkpoint: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    source, other, last = checkpoint("llama"), checkpoint("llama", seed=1), tmp_path / "last.json"
+    text.write_text(text.read_text()[:1500])
+    words = ["eval", source, "--measure", "perplexity", "--text", text, "--window", 32]
+    last.write_text(spectool(*words, "--json").out)
+    words += ["--baseline", last]
+    gates = ["--gate", "perplexity/baseline<=1", "--gate", "perplexity-baseline==0"]
+    same = spectool(*words, *gates, "--json")
+    assert same.code == 0, same.err
+    assert same.json["changes"]["perplexity.value"]["ratio"] == 1
+    shown = spectool("eval", other, *words[2:], *gates)
+    assert shown.code == 3 and "perplexity: " in shown.out and ", baseline " in shown.out
+    refused = spectool(*words, "--bos")
+    assert refused.code == 2 and "they cannot be compared" in refused.err
+    shorter = spectool(*words, "--limit", 1000)
+    assert shorter.code == 2 and "its text is sha256:" in shorter.err
+    wide = spectool("eval", checkpoint("llama-deep"), *words[2:])
+    assert wide.code == 2 and "its num_hidden_layers is 2, and this run's is 5" in wide.err
+    absent = ["--measure", "divergence", "--reference", source, "--gate", "kl/baseline<=1"]
+    missing = spectool(*words, *absent)
+    assert missing.code == 2 and "last.json has no kl.value" in missing.err

@@ -17,7 +17,6 @@ RESULTS = [
             lower=3.9,
             upper=4.1,
             tokens=100,
-            text="sha256:0",
             protocol="text",
             window=8,
             stride=None,

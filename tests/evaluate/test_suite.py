@@ -94,9 +94,9 @@ def test_only_the_measures_that_are_named_run(
 ) -> None:
     reference = str(checkpoint("llama"))
     named = run(packed, measure=["layers"], reference=reference)
-    assert named.keys() == {"layers", "gates"}
+    assert named.keys() == {"layers", "gates", "setting"}
     alone = run(packed, measure=["perplexity"], text=[text], window=32, reference=reference)
-    assert alone.keys() == {"perplexity", "gates"}
+    assert alone.keys() == {"perplexity", "gates", "setting"}
     for name, missing in {"divergence": "--reference", "speed": "--prompts"}.items():
         with pytest.raises(UsageError, match=f"--measure {name} needs {missing}"):
             run(packed, measure=[name], text=[text])
