@@ -9,14 +9,14 @@ import typer
 
 from spectool.cli.common import Output, prepare_torch
 from spectool.cli.derive import Command, configs_of, derive
-from spectool.evaluate.audit.options import TrustOptions
+from spectool.evaluate.audit.options import LogprobsOptions, TrustOptions
 from spectool.shared_options import LoadOptions
 
 if TYPE_CHECKING:
+    from spectool.evaluate.audit.logprobs import Logprobs
     from spectool.evaluate.audit.scoring import Rates
     from spectool.evaluate.audit.trust import Trust
     from spectool.evaluate.gates import Checked
-    from spectool.evaluate.intervals import Interval
 
 
 def trust(output: Output, options: TrustOptions, load: LoadOptions) -> None:
@@ -35,6 +35,18 @@ def trust(output: Output, options: TrustOptions, load: LoadOptions) -> None:
     _finish(output, as_json(result), result.gates)
 
 
+def logprobs(output: Output, options: LogprobsOptions, load: LoadOptions) -> None:
+    """Audit what MODEL's log-probabilities give away: its width, all others, its prompt."""
+    prepare_torch(load.threads)
+    from spectool.evaluate.audit.logprobs import audit_logprobs
+    from spectool.evaluate.results import as_json
+
+    result = audit_logprobs(load, options, reporter=output)
+    for line in _logprobs_lines(result):
+        output.show(line)
+    _finish(output, as_json(result), result.gates)
+
+
 def _finish(output: Output, result: dict[str, Any], gates: Sequence[Checked]) -> None:
     """Show the gates, write the result, and exit with 3 if a gate does not hold."""
     for checked in gates:
@@ -45,24 +57,13 @@ def _finish(output: Output, result: dict[str, Any], gates: Sequence[Checked]) ->
         raise typer.Exit(3)
 
 
-def _points(interval: Interval, sign: str = "") -> str:
-    value, lower, upper = (
-        f"{x + 0.0:{sign}.1f}" for x in (interval.value, interval.lower, interval.upper)
-    )
-    return f"{value} [{lower}, {upper}]"
-
-
-def _share(interval: Interval) -> str:
-    return f"{interval.value:.2%} [{interval.lower:.2%}, {interval.upper:.2%}]"
-
-
 def _trust_lines(result: Trust) -> list[str]:
     lines = []
     for name, each in result.dimensions.items():
         left_out = f", {each.unscored} unscored" if each.unscored else ""
         lines.append(
-            f"{name} ({each.items} items{left_out}): {_points(each.reference)} -> "
-            f"{_points(each.model)}, change {_points(each.delta, '+')}, Holm's p "
+            f"{name} ({each.items} items{left_out}): {each.reference:.1f} -> "
+            f"{each.model:.1f}, change {each.delta:+.1f}, Holm's p "
             f"{each.p_holm:.2g}: {each.verdict}{', degenerate' if each.degenerate else ''}"
         )
         if each.reference_replies is not None and each.model_replies is not None:
@@ -73,15 +74,13 @@ def _trust_lines(result: Trust) -> list[str]:
     flips, drift = result.flips, result.drift
     if flips.share.value == flips.share.value:
         lines.append(
-            f"choices that changed: {_share(flips.share)}; {flips.right_to_wrong} from right to "
+            f"choices that changed: {flips.share:.2%}; {flips.right_to_wrong} from right to "
             f"wrong, {flips.wrong_to_right} from wrong to right"
         )
-    lines += [
+    lines.append(
         f"text of {drift.tokens} tokens: KL {drift.kl} nats, 99% below {drift.kl_99:.4g}; top-1 "
-        f"agreement {_share(drift.top1_agreement)}",
-        f"likeliest tokens from right to wrong: {_share(drift.right_to_wrong)}, from wrong to "
-        f"right: {_share(drift.wrong_to_right)}",
-    ]
+        f"agreement {drift.top1_agreement:.2%}"
+    )
     lines += [f"not measured: {name}: {why}" for name, why in result.not_measured.items()]
     allowed = result.thresholds
     lines += [
@@ -95,13 +94,32 @@ def _trust_lines(result: Trust) -> list[str]:
     return lines
 
 
+def _logprobs_lines(result: Logprobs) -> list[str]:
+    inversion = result.inversion
+    places = ", ".join(f"{each.value:.0%}" for each in inversion.by_position)
+    return [
+        f"rank of the log-probabilities: {result.rank}, where the singular values fall by a factor "
+        f"of {result.step:.0f}; width {result.width}, vocabulary {result.vocabulary}",
+        f"all {result.vocabulary} from {result.shown} of them: error at most "
+        f"{result.reconstruction_error:.1e}, KL {result.reconstruction_kl:.1e} nats, over "
+        f"{result.positions} positions",
+        f"prompt tokens that an inverter reads from the log-probabilities of {inversion.watched} "
+        f"generated tokens: {inversion.accuracy:.1%}, from those of the first "
+        f"{inversion.first_only:.1%}",
+        f"by place in the prompt, first to last: {places}; whole prompts {inversion.exact:.1%}",
+        f"without what belongs to the prompt: {inversion.control:.1%}; the most frequent tokens: "
+        f"{inversion.chance:.1%}; {inversion.prompts} held-out prompts of "
+        f"{inversion.prompt_tokens} tokens",
+    ]
+
+
 def _replies(before: Rates, after: Rates) -> str:
     names = ("refused", "unparsed", "empty", "repeating")
     shares = [f"{n} {getattr(before, n):.0%} -> {getattr(after, n):.0%}" for n in names]
     return ", ".join([*shares, f"tokens {before.mean_tokens:.1f} -> {after.mean_tokens:.1f}"])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"trust": trust}
+COMMANDS: dict[str, Callable[..., None]] = {"trust": trust, "logprobs": logprobs}
 
 AUDIT = typer.Typer(
     help="Audit a checkpoint: what compression changed in its answers, what its outputs give away",

@@ -20,6 +20,7 @@ from spectool.report import (
     PlainDecoding,
     PromptsLeftOut,
     ShortCalibration,
+    StatesKept,
     Timing,
     TrainingStarts,
     TrajectoriesCollected,
@@ -68,6 +69,11 @@ def describe(event: Any) -> Iterator[str]:
             yield (
                 f"{left_out} of {total} prompts left out: with {room} new tokens they do not fit "
                 f"in the context of {context}"
+            )
+        case StatesKept(path, width, vocabulary, error):
+            yield (
+                f"{path}: {width} numbers a position in place of {vocabulary}, which they give "
+                f"back with an error of at most {error:.1e}"
             )
         case PlainDecoding(prompts):
             yield f"plain decoding of {prompts} prompts, to find loops and to warm up"

@@ -143,6 +143,19 @@ class LayersNotCompared:
 
 
 @dataclass(frozen=True, slots=True)
+class StatesKept:
+    """A reference file keeps states of `width` numbers in place of `vocabulary` log-probabilities.
+
+    `error`: the largest difference of a log-probability that they give back.
+    """
+
+    path: str
+    width: int
+    vocabulary: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class PromptsLeftOut:
     """Prompts of a benchmark leave no room for `room` new tokens in the context."""
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.dtypes import parse_dtype
 from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
+from spectool.data.states import StateCodec
 from spectool.data.stored_log_probs import LogProbsWriter, StoredLogProbs, expected_bytes
 from spectool.data.text import BUILTIN, Prompt, check_ids, read_prompts
 from spectool.data.windows import Windows
@@ -44,6 +45,7 @@ from spectool.evaluate.log_probs import (
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.protocols import make_windows
 from spectool.machine import available_memory
+from spectool.model.lm_head import read_lm_head
 from spectool.model.loading import (
     check_device,
     default_dtype,
@@ -52,7 +54,7 @@ from spectool.model.loading import (
     load_tokenizer,
 )
 from spectool.model.meta import model_class, read_config
-from spectool.report import SILENT, LayersNotCompared, NotItsSource, Reporter
+from spectool.report import SILENT, LayersNotCompared, NotItsSource, Reporter, StatesKept
 
 # A model is loaded whole if it takes at most this share of the free memory.
 MEMORY_SHARE = 0.7
@@ -166,7 +168,7 @@ class Context:
         for ids_SL in windows.groups:
             check_ids([int(ids_SL.min()), int(ids_SL.max())], self.vocabulary, origin)
         saved_bytes = None
-        if options.save_reference is not None:
+        if options.save_reference is not None and not options.save_states:
             saved_bytes = expected_bytes(windows, self.vocabulary, options.save_top_k)
         self.reporter.plan(Plan(text=str(text), windows=windows, saved_bytes=saved_bytes))
         return windows
@@ -205,6 +207,8 @@ class Context:
                 elif self.reference is not None:
                     reference = StoredReference(self.reference)
             log_probs = self._open_log_probs(self.checkpoint, self.load.kv)
+            if writer is not None and options.save_states:
+                writer.keep_states(StateCodec(*read_lm_head(log_probs.model)))
             scores = score(
                 windows,
                 log_probs,
@@ -227,6 +231,12 @@ class Context:
                     source=self.checkpoint.fingerprint(),
                     tokenizer=hash_vocabulary(self.tokenizer),
                 )
+                if writer.codec is not None:
+                    self.reporter.event(
+                        StatesKept(
+                            str(writer.path), writer.codec.width, self.vocabulary, writer.error
+                        )
+                    )
         return scores
 
     @cached_property

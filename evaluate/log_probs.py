@@ -98,6 +98,8 @@ class BlockwiseLogProbs:
         compute = Compute(dtype=dtype, device=device, batch_size=batch_size)
         self.stream = BlockStream(architecture, compute, self._refuse, with_lm_head=True)
         self.shell, self.device = self.stream.shell, device
+        # Without its blocks.
+        self.model: PreTrainedModel = self.shell.model
         if activations is not None:
             attach_products(self.shell.model, dtype, activations)
         self.hidden = [self._embed(ids_SL) for ids_SL in windows.groups]

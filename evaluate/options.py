@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spectool.errors import UsageError
 from spectool.options import option
 from spectool.shared_options import TextOptions
 
@@ -67,9 +68,19 @@ class EvalOptions(TextOptions):
         "Log-probabilities per position that --save-reference keeps; 0: all (lossless)",
         minimum=0,
     )
+    save_states: bool = option(
+        False,
+        "Let --save-reference keep a state as wide as the model per position, and the lm_head, "
+        "which give all log-probabilities back with an error that is measured",
+        switch=True,
+    )
     batch_size: int | None = option(
         None, "Number of windows run together; default: as many as fit", minimum=1
     )
     blockwise: bool = option(
         False, "Load and run one block at a time even if all would fit", switch=True
     )
+
+    def validate(self) -> None:
+        if self.save_states and (self.save_reference is None or self.save_top_k):
+            raise UsageError("--save-states needs --save-reference FILE, without --save-top-k")

@@ -44,3 +44,11 @@ def number_names(kind: type, prefix: str = "") -> Iterator[str]:
             yield from number_names(hint, f"{prefix}{name}.")
         elif hint in (int, float):
             yield prefix + name
+
+
+def number_at(result: Any, name: str) -> float:
+    """Return a number of a result by its dotted path in the JSON; NaN if it was not measured."""
+    value: Any = as_json(result)
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, (int, float)) else float("nan")

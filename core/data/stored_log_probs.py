@@ -1,15 +1,18 @@
 """Log-probabilities of a model in a file, so that it need not be loaded again.
 
 The file holds the windows' tokens and, for every scored position, either all log-probabilities
-(float32: lossless) or the K largest and that of the next token. With K, the rest of the vocabulary
-counts as one event, so a KL from them is a lower bound; perplexity and top-1 agreement stay exact.
-A file serves as the reference of `eval` and as the teacher of `distill`.
+(float32: lossless), or a state of as many numbers as the model is wide, from which the lm_head, in
+the file too, makes all of them again (`states.py`), or the K largest and that of the next token.
+With K, the rest of the vocabulary counts as one event, so a KL from them is a lower bound;
+perplexity and top-1 agreement stay exact. A file serves as the reference of `eval` and as the
+teacher of `distill`.
 
 Shapes: S windows, B of a batch, L tokens, V vocabulary, K kept, R positions.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import tempfile
@@ -23,11 +26,19 @@ from torch import Tensor
 from spectool.checkpoint.artifact import write_safetensors
 from spectool.checkpoint.headers import TensorEntry, read_header
 from spectool.checkpoint.tensors import all_finite, read_tensor
+from spectool.data.states import StateCodec
 from spectool.data.windows import Batch, Windows
-from spectool.errors import CheckpointError, InputError, UsageError
+from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
 from spectool.files import disk_errors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# States are refused where a log-probability that they give is off by more than this: the logits
+# are no product with the lm_head then, as where they are capped. In bfloat16 it is 0.1 at most.
+MAX_ERROR = 0.5
+
+# Names of the lm_head that makes log-probabilities of states.
+LM_HEAD, BIAS = "lm_head.weight", "lm_head.bias"
 
 # Replaces a log-probability of -inf, so that the file has finite values only.
 LOWEST = -1e30
@@ -39,6 +50,9 @@ class Record:
 
     `length`, `bos`, `protocol`: of the windows. `source`: fingerprint of the checkpoint;
     `tokenizer`: digest.
+    `length`, `bos`: of the windows. `source`: fingerprint of the checkpoint; `tokenizer`: digest.
+    `width`: numbers of a state, 0 where log-probabilities are kept; `error`: the largest difference
+    of a log-probability that states give back.
     """
 
     length: int
@@ -48,6 +62,8 @@ class Record:
     source: str
     tokenizer: str
     protocol: str = "text"
+    width: int = 0
+    error: float = 0.0
     kind: str = "reference"
     format_version: int = FORMAT_VERSION
 
@@ -61,9 +77,11 @@ def expected_bytes(windows: Windows, vocabulary: int, top_k: int) -> int:
 class LogProbsWriter:
     """Writer of a reference file, batch by batch; the file appears when it is finished.
 
+    `error`: of the states so far, if `keep_states` was called; see `Record`.
+
     Raises:
         InputError: the file exists, or cannot be written.
-        SpectoolError: the disk is full.
+        SpectoolError: the disk is full, or states do not give the log-probabilities back.
     """
 
     def __init__(self, path: Path, windows: Windows, vocabulary: int, *, top_k: int) -> None:
@@ -75,7 +93,8 @@ class LogProbsWriter:
         if top_k:
             self.fields |= {"top": ("I32", (self.kept,)), "chosen": ("F32", ())}
         self.vocabulary, self.top_k = vocabulary, top_k
-        self.num_rows = 0
+        self.codec: StateCodec | None = None
+        self.num_rows, self.error = 0, 0.0
         try:
             self.scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
         except OSError as error:
@@ -83,10 +102,25 @@ class LogProbsWriter:
         self.parts = {name: Path(self.scratch.name) / name for name in self.fields}
         self.files = {name: part.open("wb") for name, part in self.parts.items()}
 
+    def keep_states(self, codec: StateCodec) -> None:
+        """Keep states in place of all log-probabilities; call it before anything is added."""
+        assert self.num_rows == 0 and self.top_k == 0
+        self.codec = codec
+        self.fields = {"logp": ("F32", (codec.width,))}
+
     def add(self, batch: Batch, logp_BLV: Tensor) -> None:
         """Write the log-probabilities [B, L, V] of a batch's scored tokens."""
         flat = logp_BLV.cpu().clamp(min=LOWEST).reshape(-1, logp_BLV.shape[-1])
         self.num_rows += len(flat)
+        if self.codec is not None:
+            logp_RV, flat = flat, self.codec.encode(flat)
+            self.error = max(self.error, float((self.codec.decode(flat) - logp_RV).abs().max()))
+            if self.error > MAX_ERROR:
+                raise SpectoolError(
+                    f"{self.path}: states give log-probabilities back with an error of "
+                    f"{self.error:.2g}: this model's logits are no product with its lm_head",
+                    hint="leave out --save-states",
+                )
         with disk_errors(self.path):
             if "top" not in self.fields:
                 _write(self.files["logp"], flat)
@@ -106,7 +140,12 @@ class LogProbsWriter:
             source=source,
             tokenizer=tokenizer,
             protocol=self.windows.protocol,
+            width=0 if self.codec is None else self.codec.width,
+            error=self.error,
         )
+        lm_head: dict[str, Tensor] = {}
+        if self.codec is not None:
+            lm_head = {LM_HEAD: self.codec.weight_VD, BIAS: self.codec.bias_V}
         with disk_errors(self.path):
             for file in self.files.values():
                 file.close()
@@ -123,7 +162,7 @@ class LogProbsWriter:
             }
             ids = {f"ids.{i}": g.to(torch.int32) for i, g in enumerate(self.windows.groups)}
             whole = Path(self.scratch.name) / "whole"
-            write_safetensors(whole, {**ids, **entries}, asdict(record))
+            write_safetensors(whole, {**ids, **lm_head, **entries}, asdict(record))
             whole.rename(self.path)
 
     def __enter__(self) -> LogProbsWriter:
@@ -171,6 +210,14 @@ class StoredLogProbs:
     def is_lossless(self) -> bool:
         return self.record.top_k == 0
 
+    @functools.cached_property
+    def _codec(self) -> StateCodec | None:
+        """What makes log-probabilities of states; None where they are kept themselves."""
+        if not self.record.width:
+            return None
+        weight_VD, bias_V = (read_tensor(self.entries[name]) for name in (LM_HEAD, BIAS))
+        return StateCodec(weight_VD, bias_V)
+
     def read(self, name: str, group: int, windows: slice) -> Tensor:
         """Read `logp` [R, K], `top` [R, K] or `chosen` [R] of all scored tokens of some windows.
 
@@ -186,7 +233,7 @@ class StoredLogProbs:
         rows = read_tensor(entry, rows=span)
         if not all_finite(rows):
             raise CheckpointError(f"{entry.path}: {name} holds values that are NaN or infinite")
-        return rows
+        return rows if self._codec is None else self._codec.decode(rows)
 
 
 def kept_kl(ref_RK: Tensor, logp_RV: Tensor, kept_RK: Tensor) -> Tensor:

@@ -12,19 +12,30 @@ from spectool.shared_options import TextOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrustOptions(TextOptions):
+class AuditTextOptions(TextOptions):
+    """The text that an audit runs on, and conditions on what it finds."""
+
+    text: tuple[str, ...] = option(
+        (),
+        "Text that the model reads: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; "
+        "repeatable; default: the built-in text",
+    )
+    limit: int | None = same_option(EvalOptions, "limit")
+    gate: tuple[str, ...] = option(
+        (),
+        "Condition on a number of the JSON by its path, such as 'drift.kl.upper<=0.01': exit code "
+        "3 if it does not hold; repeatable",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustOptions(AuditTextOptions):
     """The checkpoint to compare with, the items, and what counts as a loss."""
 
     reference: str = option(..., "Checkpoint to compare with: MODEL before it was compressed")
     suite: tuple[str, ...] = option(
         (), "Items: .jsonl file, or directory of such files; repeatable; default: the smoke suite"
     )
-    text: tuple[str, ...] = option(
-        (),
-        "Text for the drift of predictions: .txt, .jsonl, .parquet (also .gz, .xz) or "
-        "hub:DATASET; repeatable; default: the built-in text",
-    )
-    limit: int | None = same_option(EvalOptions, "limit")
     seeds: tuple[int, ...] = option(
         (),
         "Seeds of further replies to each item of task generate, sampled at temperature 1; a list "
@@ -50,14 +61,25 @@ class TrustOptions(TextOptions):
         "File to write all log-likelihoods and replies to; what it holds already is not run "
         "again, only scored again",
     )
-    gate: tuple[str, ...] = option(
-        (),
-        "Condition on a number of the result, such as 'dimensions.ethics.delta.lower>=-5' or "
-        "'failed<=0': exit code 3 if it does not hold; repeatable",
-    )
 
     def validate(self) -> None:
         if max(self.pass_loss, self.utility_loss) > self.fail_loss:
             raise UsageError(
                 f"--fail-loss {self.fail_loss:g}: must be at least --pass-loss and --utility-loss"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobsOptions(AuditTextOptions):
+    """How much an observer sees, and how the inverter is trained."""
+
+    spare: int = option(
+        100, "Log-probabilities shown of a position, beyond the model's width", minimum=1
+    )
+    prompts: int = option(4000, "Prompts cut from the text, at most", minimum=50)
+    prompt_tokens: int = option(8, "Tokens of a prompt that the inverter guesses", minimum=1)
+    watched: int = option(
+        8, "Generated tokens whose log-probabilities the inverter sees", minimum=1
+    )
+    steps: int = option(600, "Training steps of the inverter", minimum=1)
+    seed: int = option(0, "Seed of the tokens shown, the prompts' order and the inverter")

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from spectool.checkpoint.dtypes import parse_dtype
 from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
-from spectool.data.template import encode
-from spectool.data.text import MIXED, builtin_text, read_text
 from spectool.data.windows import Windows, cut
 from spectool.errors import UsageError
 from spectool.evaluate.audit.answers import Answer, Outputs, Respondent, record_of
@@ -37,10 +35,11 @@ from spectool.evaluate.audit.scoring import (
     rates,
     score,
 )
+from spectool.evaluate.audit.text import read_ids
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.intervals import Interval, bootstrap, holm, mcnemar
 from spectool.evaluate.log_probs import ResidentLogProbs
-from spectool.evaluate.results import as_json, number_names
+from spectool.evaluate.results import as_json, number_at, number_names
 from spectool.model.loading import (
     check_device,
     default_dtype,
@@ -162,7 +161,7 @@ def audit_trust(load: LoadOptions, options: TrustOptions, *, reporter: Reporter 
         limits=LIMITS,
         gates=[],
     )  # fmt: skip
-    return replace(result, gates=[gate.judge(_look_up(result, gate.metric)) for gate in gates])
+    return replace(result, gates=[gate.judge(number_at(result, gate.metric)) for gate in gates])
 
 
 class Pair:
@@ -200,20 +199,8 @@ class Pair:
         reporter.plan(self)
 
     def _cut(self, *checkpoints: Checkpoint) -> Windows:
-        options, tokenizer = self.options, self.tokenizer
-        if options.text:
-            text = read_text(
-                options.text,
-                tokenizer,
-                field=options.field,
-                template=options.template or None,
-                max_characters=options.limit,
-                reporter=self.reporter,
-            )
-        else:
-            text = builtin_text(MIXED)
         length = min(WINDOW, *(each.layout.context or WINDOW for each in checkpoints))
-        return cut(encode(tokenizer, text[: options.limit]), length=length, bos=None)
+        return cut(read_ids(self.options, self.tokenizer, self.reporter), length=length, bos=None)
 
     @cached_property
     def respondents(self) -> dict[str, Respondent]:
@@ -440,11 +427,3 @@ def _metrics(suite: Suite) -> list[str]:
         for number in number_names(Dimension)
     ]
     return [*number_names(Trust), *own]
-
-
-def _look_up(result: Trust, metric: str) -> float:
-    """Return a number of the result; NaN if its dimension could not be measured."""
-    value: Any = as_json(result)
-    for part in metric.split("."):
-        value = value.get(part, {})
-    return float(value) if isinstance(value, (int, float)) else float("nan")

@@ -49,3 +49,31 @@ def test_trust_gates_on_any_number(
     assert done.code == 2 and "no metric" in done.err
     done = spectool(*common, "--fail-loss", 1)
     assert done.code == 2 and "at least --pass-loss" in done.err
+
+
+def test_logprobs_prints_what_it_found(spectool: Spectool, checkpoint: Checkpoint) -> None:
+    common = ["--limit", 4000, "--prompt-tokens", 2, "--watched", 1, "--steps", 3]
+    done = spectool("audit", "logprobs", checkpoint("llama"), *common, "--json")
+    assert done.code == 0, done.err
+    assert done.json["rank"] == done.json["width"] == 32
+    assert "rank of the log-probabilities: 32" in done.err and "held-out prompts" in done.err
+
+
+def test_saved_states_serve_as_the_reference(
+    spectool: Spectool, checkpoint: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    model, other, saved = checkpoint("llama"), checkpoint("llama", seed=1), tmp_path / "saved"
+    common = ["--text", text, "--limit", 1200, "--window", 64]
+    done = spectool("eval", other, *common, "--save-reference", saved, "--save-states")
+    assert done.code == 0, done.err
+    assert "32 numbers a position in place of 320" in done.err
+    blockwise = spectool(
+        "eval", other, *common, "--save-reference", tmp_path / "b", "--save-states", "--blockwise"
+    )
+    assert blockwise.code == 0, blockwise.err
+    live = spectool("eval", model, *common, "--reference", other, "--json").json
+    for path in (saved, tmp_path / "b"):
+        read = spectool("eval", model, "--reference", path, "--json").json
+        for name in ("perplexity_ratio", "kl"):
+            assert read[name] == pytest.approx(live[name], rel=1e-4)
+    assert spectool("eval", other, *common, "--save-states").code == 2

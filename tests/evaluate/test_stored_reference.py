@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
+from spectool.data.states import StateCodec
 from spectool.data.stored_log_probs import LogProbsWriter, StoredLogProbs, expected_bytes
-from spectool.data.windows import Windows, cut
-from spectool.errors import CheckpointError, InputError, UsageError
+from spectool.data.windows import Batch, Windows, cut
+from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
 from spectool.evaluate.fidelity import LogProbsReference, StoredReference, score
 
 VOCABULARY = 7
@@ -70,6 +72,48 @@ def test_the_stated_size_is_the_files_size(tmp_path: Path, table_probs: Any, top
     stated = expected_bytes(windows(), VOCABULARY, top_k)
     header = 1000
     assert stated <= (tmp_path / "ref").stat().st_size <= stated + header
+
+
+class LinearLogProbs:
+    """Model whose logits are a product of a state of the last token, capped or not."""
+
+    def __init__(self, cap: float | None = None) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.lm_head = torch.randn(60, 4, generator=generator), torch.zeros(60)
+        logits_VV = torch.randn(60, 4, generator=generator) @ self.lm_head[0].T
+        if cap is not None:
+            logits_VV = cap * torch.tanh(logits_VV / cap)
+        self.logp_VV = torch.log_softmax(logits_VV, -1)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.logp_VV[batch.ids_BL[:, -1 - batch.scored : -1]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_states_stand_for_all_log_probabilities(tmp_path: Path, batch_size: int) -> None:
+    model, path = LinearLogProbs(), tmp_path / "ref"
+    with LogProbsWriter(path, windows(), 60, top_k=0) as writer:
+        writer.keep_states(StateCodec(*model.lm_head))
+        score(windows(), cast(Any, model), 60, sink=writer.add, batch_size=batch_size)
+        writer.finish(source="sha256:0", tokenizer="0")
+    saved = StoredLogProbs(path)
+    assert saved.is_lossless and saved.record.width == 4 and 0 < saved.record.error < 2e-5
+    # 4 numbers a position, and the lm_head once.
+    assert path.stat().st_size < expected_bytes(windows(), 4, 0) + 4 * 60 * 5 + 1200
+    for batch in windows().batches(60, batch_size=2):
+        found = saved.read("logp", batch.group, batch.rows)
+        assert (found - model(batch).flatten(0, 1)).abs().max() <= saved.record.error
+    found_kl = score(windows(), cast(Any, model), 60, reference=StoredReference(saved)).mean("kl")
+    assert abs(found_kl) < 1e-5
+
+
+def test_states_that_do_not_give_the_log_probabilities_back_are_refused(tmp_path: Path) -> None:
+    model = LinearLogProbs(cap=1.0)
+    with LogProbsWriter(tmp_path / "ref", windows(), 60, top_k=0) as writer:
+        writer.keep_states(StateCodec(*model.lm_head))
+        with pytest.raises(SpectoolError, match="no product with its lm_head"):
+            score(windows(), cast(Any, model), 60, sink=writer.add)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_file_is_kept(tmp_path: Path, table_probs: Any) -> None:

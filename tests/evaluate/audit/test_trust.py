@@ -76,7 +76,7 @@ def golden(write_suite: Write, checkpoint: Checkpoint) -> Path:
 
 def run(model: Path, reference: Path, suite: Path, **options: Any) -> dict[str, Any]:
     load = LoadOptions(model=str(model))
-    options = {"limit": 600, "max_new_tokens": 5, **options}
+    options = {"limit": 1500, "max_new_tokens": 5, **options}
     found = audit_trust(
         load, TrustOptions(reference=str(reference), suite=(str(suite),), **options)
     )
@@ -91,7 +91,7 @@ def test_a_checkpoint_beside_itself_changes_nothing(checkpoint: Checkpoint, gold
     assert found["verdict"] == "pass" and found["failed"] == 0
     assert found["flips"] == {"share": zero, "right_to_wrong": 0, "wrong_to_right": 0}
     drift = found["drift"]
-    assert drift["kl"] == drift["right_to_wrong"] == drift["wrong_to_right"] == zero
+    assert drift["kl"] == zero
     assert drift["kl_99"] == 0 and drift["top1_agreement"]["lower"] == 1
     for dimension in found["dimensions"].values():
         assert dimension["delta"] == zero and dimension["p"] == 1 and not dimension["degenerate"]
