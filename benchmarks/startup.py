@@ -1,12 +1,12 @@
 """Measure how long commands take to start, each beside the least that its imports cost.
 
-    python benchmarks/startup.py --shared FOLDER [--rounds 7] [--out …/results/…json]
+    python benchmarks/startup.py [--shared FOLDER] [--rounds 7] [--out …/results/…json]
 
-`--help` and `list` stand beside importing typer and rich. `generate`'s first token, on
-`codestory-10M` (FOLDER holds `models/codestory-10M`) and on its packed version, stands beside the
-first token of a script that loads the same model and tokenizer with transformers and runs one
-forward. `first run`: no cost curve of the model is known. A command and its script alternate, so
-that drift of the machine's speed affects both.
+`--help` and `list` stand beside importing typer and rich. With FOLDER, which holds
+`models/codestory-10M`, `generate`'s first token on that checkpoint and on its packed version stands
+beside the first token of a script that loads the same model and tokenizer with transformers and
+runs one forward. `first run`: no cost curve of the model is known. A command and its script
+alternate, so that drift of the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -52,10 +52,16 @@ class Pair:
     forgets: bool = False
 
 
-def list_pairs(dense: Path, packed: Path) -> dict[str, Pair]:
-    """Return all pairs by name."""
+def list_pairs(folder: Path, source: Path | None) -> dict[str, Pair]:
+    """Return the pairs by name; those of `generate` for a checkpoint, whose copies are written."""
     imports = (sys.executable, "-c", "import typer, rich")
     pairs = {name: Pair((*SPECTOOL, name), imports) for name in ("--help", "list")}
+    if source is None:
+        return pairs
+    dense, packed = folder / "dense", folder / "packed"
+    shutil.copytree(source, dense)
+    command = [*SPECTOOL, "quantize", "rtn", str(dense), str(packed), "--bits", "4"]
+    subprocess.run(command, check=True, capture_output=True)
     for kind, model in (("dense", dense), ("packed", packed)):
         ours = (*SPECTOOL, "generate", str(model), "--prompt", PROMPT, "--max-new-tokens", "1")
         peer = (sys.executable, "-c", SCRIPT, str(model), PROMPT)
@@ -102,7 +108,7 @@ def measure(pair: Pair, folder: Path, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--shared", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--other-work", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -116,11 +122,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        dense, packed = folder / "dense", folder / "packed"
-        shutil.copytree(given.shared / "models/codestory-10M", dense)
-        command = [*SPECTOOL, "quantize", "rtn", str(dense), str(packed), "--bits", "4"]
-        subprocess.run(command, check=True, capture_output=True)
-        for name, pair in list_pairs(dense, packed).items():
+        source = given.shared and given.shared / "models/codestory-10M"
+        for name, pair in list_pairs(folder, source).items():
             found = measure(pair, folder, given.rounds)
             result["commands"][name] = found
             print(f"{name}: {found}", file=sys.stderr, flush=True)
