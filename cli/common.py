@@ -220,6 +220,7 @@ def _quiet_libraries() -> None:
     By environment variables, so that neither is imported for this.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "transformers" in sys.modules:
         import transformers

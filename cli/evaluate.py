@@ -23,6 +23,8 @@ def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
     from spectool.quantize.ledger import measure
 
     output.show_plan = lambda plan: _show_plan(output, options, plan)
+    if options.task_log is not None:
+        output.resume = f"the same command goes on with the answers in {options.task_log}"
     context = Context(load, options, reporter=output)
     evaluation = run_measures(context)
     for result in evaluation.measures:

@@ -9,6 +9,7 @@ from typing import Any
 from spectool.checkpoint.headers import summarize_names
 from spectool.data.text import Reading
 from spectool.report import (
+    AnswersKept,
     ChainRates,
     FeaturesFound,
     LayersNotCompared,
@@ -16,6 +17,7 @@ from spectool.report import (
     NoAssistant,
     NoBaselines,
     NotItsSource,
+    NotMeasured,
     OptionTuned,
     PlainDecoding,
     PromptsLeftOut,
@@ -47,6 +49,10 @@ def describe(event: Any) -> Iterator[str]:
             yield from event.notes
         case ShortCalibration(found, wanted):
             yield f"calibration: {found} of {wanted} sequences, all that the text holds"
+        case AnswersKept(count, path, name):
+            yield f"{path}: has {count} answers of {name}, which are not asked for again"
+        case NotMeasured(measure, reason):
+            yield f"{measure} is not measured: {reason}"
         case FeaturesFound(texts, store):
             yield f"features of {texts} texts from {store}"
         case TrajectoriesCollected():

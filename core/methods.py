@@ -385,6 +385,18 @@ METHODS: dict[str, Method] = {
         source="attention entropy: Jha and Reagen, 2025 (arXiv:2501.03489); gates: He et al., "
         "Neural Networks Behave as Hash Encoders, 2021; the diagnostics alone",
     ),
+    "generation": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.generation:Generation",
+        summary="Loops, repetition, ends and exact answers in texts that the checkpoint writes",
+        source="Welleck et al., 2020 (arXiv:1908.04319); Li et al., 2016 (arXiv:1510.03055)",
+    ),
+    "tasks": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.tasks:Tasks",
+        summary="Scores of tasks, and what is lost of the reference's, question by question",
+        source="Gao et al., lm-evaluation-harness",
+    ),
     "speed": Method(
         kind="measure",
         target="spectool.evaluate.measures.speed:Speed",

@@ -156,6 +156,23 @@ class StatesKept:
 
 
 @dataclass(frozen=True, slots=True)
+class NotMeasured:
+    """A measure that was not asked for by name does not run with this model."""
+
+    measure: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersKept:
+    """`count` answers of a checkpoint are in a file already."""
+
+    count: int
+    path: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class PromptsLeftOut:
     """Prompts of a benchmark leave no room for `room` new tokens in the context."""
 

@@ -7,7 +7,7 @@ A test compares the file with what this makes, so that no option goes undocument
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,20 @@ def reference() -> str:
     for name in methods.list_methods("verifier"):
         row = methods.get_method(name, "verifier")
         lines.append(f"| `{name}` | {row.summary}. {row.source}. |")
-    lines += ["", "## Measures", "", "| `--measure` | | metrics for `--gate` |", "|---|---|---|"]
+    lines += ["", "## Measures", ""]
+    lines += ["Where a metric `x` has an interval, `x.lower` and `x.upper` are metrics too.", ""]
+    lines += ["| `--measure` | | metrics for `--gate` |", "|---|---|---|"]
     for name in methods.list_methods("measure"):
-        metrics = ", ".join(
-            f"`{each}`" for each in methods.import_method(name, "measure").metrics()
-        )
+        names = methods.import_method(name, "measure").metrics()
+        metrics = ", ".join(f"`{each.removesuffix('.value')}`" for each in _shorten(names))
         lines.append(f"| `{name}` | {methods.get_method(name, 'measure').summary} | {metrics} |")
     return "\n".join(lines) + "\n"
+
+
+def _shorten(names: Sequence[str]) -> Iterator[str]:
+    """Yield the names without those of the ends of intervals."""
+    ends = {f"{name.removesuffix('.value')}.{end}" for name in names for end in ("lower", "upper")}
+    yield from (name for name in names if name not in ends)
 
 
 def _verb(verb: Verb, example: str) -> Iterator[str]:

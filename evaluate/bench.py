@@ -177,7 +177,10 @@ def bench(
     for drafter in drafters:
         rule, lossy = options.verification.verify, options.verification.lossy
         runner.verification(drafter, options.sampling, verify=rule, lossy=lossy)
-    jobs = _select_fitting(runner, prompts, options.max_new_tokens, reporter)
+    jobs = [
+        Job(tokens=tokens, limit=options.max_new_tokens, ends=prompt.ends, category=prompt.category)
+        for prompt, tokens in select_fitting(runner, prompts, options.max_new_tokens, reporter)
+    ]
     # The same batches for all, since a sampled text depends on its row in the batch.
     batches = _make_batches(jobs, options.batch_size)
     plain = _make_decoder(runner, runner.open(None), _as_plain(options))
@@ -222,31 +225,31 @@ def bench(
     )
 
 
-def _select_fitting(
+def select_fitting(
     runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, reporter: Reporter
-) -> list[Job]:
-    """Return the prompts that leave room for new tokens.
+) -> list[tuple[Prompt, list[int]]]:
+    """Return the prompts that leave room for new tokens, each with its tokens.
 
     Raises:
         UsageError: there are none.
     """
     context, room = runner.target.context, min(LEAST_ROOM, max_new_tokens)
     encoded = [encode(prompt.given, runner.tokenizer) for prompt in prompts]
-    jobs = [
-        Job(tokens=tokens, limit=max_new_tokens, ends=prompt.ends, category=prompt.category)
+    fitting = [
+        (prompt, tokens)
         for prompt, tokens in zip(prompts, encoded, strict=True)
         if len(tokens) + room <= context
     ]
-    if not jobs:
+    if not fitting:
         shortest = min(map(len, encoded), default=0)
         raise UsageError(
             f"no prompt fits in the context of {context} tokens with {room} new ones; the shortest "
             f"has {shortest}"
         )
-    if len(jobs) < len(prompts):
-        left_out = len(prompts) - len(jobs)
+    if len(fitting) < len(prompts):
+        left_out = len(prompts) - len(fitting)
         reporter.event(PromptsLeftOut(left_out, len(prompts), room, context))
-    return jobs
+    return fitting
 
 
 def _make_batches(jobs: Sequence[Job], size: int) -> dict[str | None, list[list[Job]]]:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -44,6 +44,7 @@ from spectool.evaluate.log_probs import (
 )
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.protocols import make_windows
+from spectool.evaluate.tasks.load import TaskSet
 from spectool.machine import available_memory
 from spectool.model.lm_head import read_lm_head
 from spectool.model.loading import (
@@ -62,7 +63,10 @@ MEMORY_SHARE = 0.7
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
 
 # What an evaluation may have or lack: attributes of the context.
-Need = Literal["windows", "reference", "source", "walkers", "prompts"]
+Need = Literal["windows", "reference", "source", "walkers", "prompts", "openings", "tasks"]
+
+# Openings cut out of the text: how many, their tokens, and the new tokens of each.
+OPENINGS, OPENING_TOKENS, OPENING_NEW_TOKENS = 16, 32, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +258,46 @@ class Context:
         )
 
     @cached_property
+    def openings(self) -> list[Prompt] | None:
+        """What the checkpoint continues by itself: the prompts, or pieces of the evaluation text.
+
+        None where it does not fit in memory as a whole.
+        """
+        if not self.fits(self.checkpoint):
+            return None
+        return self.prompts or _cut_openings(self.windows, self.tokenizer, self._context_length)
+
+    @property
+    def new_tokens(self) -> int:
+        """The number of tokens that openings are continued by."""
+        most = self.options.max_new_tokens
+        return most if self.options.prompts else min(most, OPENING_NEW_TOKENS)
+
+    @property
+    def paired(self) -> Checkpoint | None:
+        """The reference, where it is a checkpoint that fits in memory as a whole."""
+        other = self.reference
+        return other if isinstance(other, Checkpoint) and self.fits(other) else None
+
+    def fits(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint is loaded whole."""
+        wanted = resident_bytes(checkpoint.layout, self._dtype(checkpoint))
+        room = MEMORY_SHARE * available_memory(self.device)
+        return not self.options.blockwise and wanted <= room
+
+    @cached_property
+    def tasks(self) -> TaskSet | None:
+        """The tasks whose questions are asked."""
+        options = self.options
+        if not options.task:
+            return None
+        if not self.fits(self.checkpoint):
+            raise UsageError("--task needs a model that fits in memory as a whole")
+        if len(options.draft) > 1:
+            raise UsageError("tasks take one --draft")
+        return TaskSet(options.task, options.task_data, options.task_shots)
+
+    @cached_property
     def decoding(self) -> Run:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
@@ -274,9 +318,7 @@ class Context:
         Raises:
             UsageError: keys and values are to be kept in a cache, and it cannot be loaded whole.
         """
-        dtype = self._dtype(checkpoint)
-        wanted = resident_bytes(checkpoint.layout, dtype)
-        if self.options.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
+        if not self.fits(checkpoint):
             if kv != "dense":
                 raise UsageError(f"--kv {kv} needs the whole model; block by block has no cache")
             if self.load.forward == "fused":
@@ -284,7 +326,7 @@ class Context:
             return BlockwiseLogProbs(
                 checkpoint,
                 self.windows,
-                dtype=dtype,
+                dtype=self._dtype(checkpoint),
                 device=self.device,
                 activations=None if self.load.runtime == "dense" else self.load.activations,
                 reporter=self.reporter,
@@ -316,6 +358,17 @@ class Context:
             activations=self.load.activations,
             reporter=self.reporter,
         )
+
+
+def _cut_openings(windows: Windows, tokenizer: Any, context: int) -> list[Prompt]:
+    """Cut openings out of the text at equal distances, each after the tokenizer's start token."""
+    ids_T = torch.cat([ids_SL[:, windows.bos is not None :].flatten() for ids_SL in windows.groups])
+    start = [] if windows.bos is None else [windows.bos]
+    start = start or list(tokenizer("", verbose=False)["input_ids"])[:1]
+    size = max(1, min(OPENING_TOKENS, context // 2 - 1, len(ids_T)))
+    count = min(OPENINGS, len(ids_T) // size)
+    starts = [(len(ids_T) - size) * index // max(1, count - 1) for index in range(count)]
+    return [Prompt([*start, *ids_T[at : at + size].tolist()]) for at in starts]
 
 
 def _check_windows(options: EvalOptions, saved: StoredLogProbs, context: int) -> None:

@@ -55,7 +55,7 @@ class Gate:
 
     def check(self, results: Sequence[Measure], baseline: Baseline | None = None) -> Checked:
         """Compare the metric, which one of the results has, or its change from the baseline."""
-        (result,) = (each for each in results if self.metric in each.metrics())
+        (result,) = (each for each in results if hasattr(each, self.metric.split(".")[0]))
         value = read_number(result, self.metric)
         if self.change:
             assert baseline is not None

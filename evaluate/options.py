@@ -59,6 +59,20 @@ class EvalOptions(TextOptions):
         "Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]; "
         "repeatable; default: auto",
     )
+    task: tuple[str, ...] = option(
+        (),
+        "Task: a local one (local_piqa, ...), or one of lm-evaluation-harness by its name or YAML "
+        "file; repeatable",
+    )
+    task_data: Path | None = option(None, "Folder of the files of local tasks")
+    task_limit: int | None = option(None, "Ask only the first N questions of each task", minimum=1)
+    task_shots: int | None = option(
+        None, "Examples before each question; default: the task's own number", minimum=0
+    )
+    task_chat: bool = option(False, "Ask questions in the chat template", switch=True)
+    task_log: Path | None = option(
+        None, "File that keeps answers as they come: a run that was killed goes on from there"
+    )
     max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
     save_reference: Path | None = option(
         None, "File to write the model's log-probabilities to", written=True
@@ -75,7 +89,10 @@ class EvalOptions(TextOptions):
         switch=True,
     )
     batch_size: int | None = option(
-        None, "Number of windows run together; default: as many as fit", minimum=1
+        None,
+        "Number of windows run together, or of a task's contexts; default: as many windows as fit, "
+        "8 contexts",
+        minimum=1,
     )
     blockwise: bool = option(
         False, "Load and run one block at a time even if all would fit", switch=True

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 from spectool import methods
-from spectool.errors import UsageError
+from spectool.errors import UnsupportedError, UsageError
 from spectool.evaluate.baseline import Baseline, Change
 from spectool.evaluate.context import Context, Need
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.measures.base import Measure
 from spectool.evaluate.results import as_json
+from spectool.report import NotMeasured
 
 # What gives each need, for the error where it is missing.
 _GIVEN_BY: dict[Need, str] = {
@@ -20,6 +21,8 @@ _GIVEN_BY: dict[Need, str] = {
     "source": "--reference CHECKPOINT, from which MODEL was quantized",
     "walkers": "--reference CHECKPOINT with decoder layers like MODEL's",
     "prompts": "--prompts",
+    "tasks": "--task",
+    "openings": "a model that fits in memory as a whole",
 }
 
 
@@ -50,7 +53,7 @@ def evaluate(context: Context) -> Evaluation:
         InputError: checkpoint, text, reference or options are unusable.
     """
     chosen = _choose(context)
-    known = [metric for measure in chosen for metric in measure.metrics()]
+    known = [metric for measure in chosen for metric in measure.metrics(context)]
     path, setting = context.options.baseline, context.setting()
     baseline = None if path is None else Baseline(path)
     parsed = parse_gates(context.options.gate, known, has_baseline=baseline is not None)
@@ -61,7 +64,16 @@ def evaluate(context: Context) -> Evaluation:
                 raise UsageError(f"--gate {gate.expression!r}: {path} has no {gate.metric}")
     if context.options.save_reference is not None and "windows" not in context.needs:
         raise UsageError("--save-reference needs a measure of a text, such as perplexity")
-    results = [measure.run(context) for measure in chosen]
+    results: list[Measure] = []
+    for measure in chosen:
+        try:
+            results.append(measure.run(context))
+        except UnsupportedError as error:
+            # An architecture may be scored and yet not decoded.
+            metrics = measure.metrics(context)
+            if context.options.measure or any(gate.metric in metrics for gate in parsed):
+                raise
+            context.reporter.event(NotMeasured(measure.__name__.lower(), str(error)))
     checked = [gate.check(results, baseline) for gate in parsed]
     changes = None if baseline is None else baseline.changes(results)
     return Evaluation(results, checked, setting, changes)

@@ -79,7 +79,7 @@ def compare_texts(
                 batch_size=size,
                 lossless=all(each.lossless for each in found),
                 prompts=len(prompts),
-                tokens=sum(_count_equal(*pair) for pair in pairs),
+                tokens=sum(count_equal(*pair) for pair in pairs),
                 identical=sum(one.token_ids == other.token_ids for one, other in pairs),
                 partings=[
                     _find_parting(runner.target, index, prompts[index], *pair)
@@ -89,7 +89,7 @@ def compare_texts(
             )
 
 
-def _count_equal(one: Result, other: Result) -> int:
+def count_equal(one: Result, other: Result) -> int:
     """Return the number of tokens before the first difference."""
     pairs = zip(one.token_ids, other.token_ids, strict=False)
     shorter = min(len(one.token_ids), len(other.token_ids))
@@ -99,7 +99,7 @@ def _count_equal(one: Result, other: Result) -> int:
 def _find_parting(
     target: Target[Any], index: int, prompt: Sequence[int], plain: Result, found: Result
 ) -> Parting:
-    at = _count_equal(plain, found)
+    at = count_equal(plain, found)
     own, its = (each.token_ids[at] if at < len(each.token_ids) else None for each in (plain, found))
     gap = None
     if own is not None and its is not None:

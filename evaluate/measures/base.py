@@ -29,6 +29,9 @@ class Measure(ABC):
         """Yield the lines that a run shows."""
 
     @classmethod
-    def metrics(cls) -> list[str]:
-        """List the names of the numbers among the fields, dotted, which gates may compare."""
+    def metrics(cls, context: Context | None = None) -> list[str]:
+        """List the names of the numbers among the fields, dotted, which gates may compare.
+
+        With a context, those that its run has.
+        """
         return list(number_names(cls))
