@@ -85,16 +85,16 @@ def write_cards(found: Mapping[str, Sequence[Outcome]], model: Mapping[str, str]
         made = [
             outcome
             for outcome in outcomes
-            if outcome.step.stage in ("distill", "quantize")
+            if outcome.planned.stage in ("distill", "quantize")
             and outcome.state in ("done", "cached")
-            and outcome.step.home == variant
+            and outcome.planned.home == variant
         ]
         if not made:
             continue
         path = Path(str(made[-1].result["out"])) if made[-1].result else None
         if path is None:
             continue
-        measured = [each for each in outcomes if each.step.stage in _MEASURING and each.result]
+        measured = [each for each in outcomes if each.planned.stage in _MEASURING and each.result]
         card = card_of(
             path,
             dataset=_dataset(measured),
@@ -112,13 +112,13 @@ def _figures(measured: Sequence[Outcome]) -> Iterator[Figure]:
     from spectool.recipe.figures import figures_of
 
     for outcome in measured:
-        yield from figures_of(outcome.step.stage, outcome.result or {})
+        yield from figures_of(outcome.planned.stage, outcome.result or {})
 
 
 def _dataset(measured: Sequence[Outcome]) -> str:
     """Name the texts of the evaluation, without their folders."""
     for outcome in measured:
-        if outcome.step.stage == "eval" and outcome.result is not None:
+        if outcome.planned.stage == "eval" and outcome.result is not None:
             read = outcome.result.get("read") or ()
             if names := [Path(str(each.get("source"))).name for each in read]:
                 return ", ".join(names)

@@ -144,7 +144,7 @@ def _check_gates(plans: Sequence[VariantPlan]) -> None:
     from spectool.evaluate.options import EvalOptions
 
     for plan in plans:
-        for config in (config for step in plan.steps for config in step.configs):
+        for config in (config for planned in plan.stages for config in planned.configs):
             if isinstance(config, EvalOptions) and config.gate:
                 from spectool import methods
                 from spectool.evaluate.gates import parse_gates
@@ -160,17 +160,19 @@ def _check_gates(plans: Sequence[VariantPlan]) -> None:
 
 
 class _Teller(Reporter):
-    """Reporter of a run's steps, as lines on stderr."""
+    """Reporter of a run's stages, as lines on stderr."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
 
     def event(self, event: Any) -> None:
-        from spectool.recipe.execute import StepStarts
+        from spectool.recipe.execute import StageStarts
 
         outcome: Outcome = event.outcome
-        named = f"{event.variant}: {outcome.step.stage}" if event.variant else outcome.step.stage
-        if isinstance(event, StepStarts):
+        named = (
+            f"{event.variant}: {outcome.planned.stage}" if event.variant else outcome.planned.stage
+        )
+        if isinstance(event, StageStarts):
             self._output.say(f"\n[{event.number}/{event.total}] {named}: {outcome.reason}")
             self._output.say(f"$ spectool {shlex.join(outcome.command)}")
         else:
@@ -178,7 +180,7 @@ class _Teller(Reporter):
 
 
 def _describe(outcome: Outcome) -> str:
-    """Say what became of a step, or will."""
+    """Say what became of a stage, or will."""
     words = {
         "runs": "runs",
         "done": f"done in {outcome.seconds:.1f} s",
@@ -196,17 +198,17 @@ def _show_dry(output: Output, found: Mapping[str, Sequence[Outcome]]) -> None:
         if variant:
             output.show(f"{variant}:")
         for outcome in outcomes:
-            output.show(f"{outcome.step.stage}: {_describe(outcome)}")
+            output.show(f"{outcome.planned.stage}: {_describe(outcome)}")
             output.show(f"  spectool {shlex.join(outcome.command)}")
 
 
 def _closing_lines(found: Mapping[str, Sequence[Outcome]]) -> list[str]:
-    """Return a line for each step, and for each gate."""
+    """Return a line for each stage, and for each gate."""
     lines = []
     for variant, outcomes in found.items():
         for outcome in outcomes:
             named = f"{variant}: " if variant else ""
-            lines.append(f"{named}{outcome.step.stage}: {_describe(outcome)}")
+            lines.append(f"{named}{outcome.planned.stage}: {_describe(outcome)}")
             for gate in outcome.gates:
                 word = "holds" if gate["holds"] else "does not hold"
                 value = "nan" if gate["value"] is None else f"{gate['value']:.4g}"
@@ -220,7 +222,7 @@ def _as_json(found: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
             "name": variant,
             "stages": [
                 {
-                    "stage": outcome.step.stage,
+                    "stage": outcome.planned.stage,
                     "state": outcome.state,
                     "reason": outcome.reason,
                     "exit_code": outcome.code,

@@ -1,15 +1,15 @@
-"""Execution of a recipe's steps: each is a process of its own that runs its command.
+"""Execution of a recipe's stages: each is a process of its own that runs its command.
 
 Why processes, and not calls of the commands' functions: torch keeps the memory of a GPU that it has
 used, and `eval` decides by the free memory whether a model is loaded whole; the peak memory that a
 command reports is its process's; numbers of threads and deterministic modes are settings of a
 process, and speed is measured beside whatever else it keeps; and a stage that the system kills for
-memory leaves a run that can say so. What is recorded as a step's command is what ran. The price is
-a start of Python and torch for each step that is not cached.
+memory leaves a run that can say so. What is recorded as a stage's command is what ran. The price is
+a start of Python and torch for each stage that is not cached.
 
-A step is not run again if its key is that of its last run and all that it wrote is there; an
+A stage is not run again if its key is that of its last run and all that it wrote is there; an
 interrupted one continues by its own command. A gate that does not hold (exit code 3) ends its
-variant: no later step runs. After another failure only steps that take something from the failed
+variant: no later stage runs. After another failure only stages that take something from the failed
 one do not run.
 """
 
@@ -33,7 +33,7 @@ from spectool.errors import Interrupted
 from spectool.files import TUNED, read_cache
 from spectool.recipe.fingerprints import Digests, key_of
 from spectool.recipe.folder import DIGESTS, Record, RunFolder
-from spectool.recipe.plan import STAGES, Step, VariantPlan, texts_of
+from spectool.recipe.plan import STAGES, PlannedStage, VariantPlan, texts_of
 from spectool.report import SILENT, Reporter
 
 GATE = 3
@@ -44,12 +44,12 @@ State = Literal["runs", "done", "cached", "gate", "failed", "skipped"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a step, or will (`runs`, in a dry run): `reason` says why.
+    """What became of a stage, or will (`runs`, in a dry run): `reason` says why.
 
     `result` is the JSON object that the command printed; None if there is none.
     """
 
-    step: Step
+    planned: PlannedStage
     command: list[str]
     state: State
     reason: str = ""
@@ -59,13 +59,13 @@ class Outcome:
 
     @property
     def gates(self) -> list[Mapping[str, Any]]:
-        """The gates of the step: `expression`, `value` and `holds` of each."""
+        """The gates of the stage: `expression`, `value` and `holds` of each."""
         return list((self.result or {}).get("gates", ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepStarts:
-    """A step runs, the `number`th of `total` of all variants."""
+class StageStarts:
+    """A stage runs, the `number`th of `total` of all variants."""
 
     outcome: Outcome
     variant: str
@@ -74,8 +74,8 @@ class StepStarts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepEnds:
-    """A step ended, or does not run."""
+class StageEnds:
+    """A stage ended, or does not run."""
 
     outcome: Outcome
     variant: str
@@ -99,105 +99,117 @@ class Execution:
         self._tunings: dict[str, str] = {}
 
     def foresee(self) -> dict[str, list[Outcome]]:
-        """Return by variant which steps are cached and which will run; nothing is written."""
+        """Return by variant which stages are cached and which will run; nothing is written."""
         found: dict[str, list[Outcome]] = {}
         for name, folder in self.folders.items():
             found[name] = []
-            for step in folder.plan.steps:
-                found[name].append(self._foresee(step, found[name]))
+            for planned in folder.plan.stages:
+                found[name].append(self._foresee(planned, found[name]))
         return found
 
-    def _foresee(self, step: Step, before: Sequence[Outcome]) -> Outcome:
-        if (known := self._ended.get(step.identity)) is not None:
+    def _foresee(self, planned: PlannedStage, before: Sequence[Outcome]) -> Outcome:
+        if (known := self._ended.get(planned.identity)) is not None:
             return _shared(known)
-        blocked = _find_block(step, before, self._ended)
+        blocked = _find_block(planned, before, self._ended)
         if blocked is not None:
-            return Outcome(step=step, command=self._words(step), state="skipped", reason=blocked)
+            return Outcome(
+                planned=planned, command=self._words(planned), state="skipped", reason=blocked
+            )
         first = next(
-            (each.stage for each in step.takes if self._ended[each.identity].state == "runs"), None
+            (each.stage for each in planned.takes if self._ended[each.identity].state == "runs"),
+            None,
         )
         if first is not None:
-            outcome = self._pending(step, f"{first} runs")
-        elif (reason := self._reason_to_run(step, self._key(step))) is not None:
-            outcome = self._pending(step, reason)
+            outcome = self._pending(planned, f"{first} runs")
+        elif (reason := self._reason_to_run(planned, self._key(planned))) is not None:
+            outcome = self._pending(planned, reason)
         else:
-            outcome = self._cached(step)
-        self._ended[step.identity] = outcome
+            outcome = self._cached(planned)
+        self._ended[planned.identity] = outcome
         return outcome
 
-    def _pending(self, step: Step, reason: str) -> Outcome:
-        return Outcome(step=step, command=self._words(step), state="runs", reason=reason)
+    def _pending(self, planned: PlannedStage, reason: str) -> Outcome:
+        return Outcome(planned=planned, command=self._words(planned), state="runs", reason=reason)
 
-    def _cached(self, step: Step) -> Outcome:
-        """Return the outcome of a step's last run."""
-        record = self._records[step.home][step.stage]
-        if step.stage == "tune":
-            self._tunings[step.identity] = record.key
+    def _cached(self, planned: PlannedStage) -> Outcome:
+        """Return the outcome of a stage's last run."""
+        record = self._records[planned.home][planned.stage]
+        if planned.stage == "tune":
+            self._tunings[planned.identity] = record.key
         held = record.exit_code != GATE
         return Outcome(
-            step=step,
-            command=self._words(step),
+            planned=planned,
+            command=self._words(planned),
             state="cached" if held else "gate",
             reason="" if held else "a gate did not hold in the last run",
             code=record.exit_code,
-            result=self.folders[step.home].read_result(step),
+            result=self.folders[planned.home].read_result(planned),
         )
 
     def run(self, start: Start) -> dict[str, list[Outcome]]:
         """Run what is not cached; return the outcomes by variant.
 
         Raises:
-            Interrupted: a step was interrupted; the run can be continued.
+            Interrupted: a stage was interrupted; the run can be continued.
         """
-        total = len({step.identity for each in self.folders.values() for step in each.plan.steps})
+        total = len(
+            {planned.identity for each in self.folders.values() for planned in each.plan.stages}
+        )
         found: dict[str, list[Outcome]] = {}
         for name, folder in self.folders.items():
             folder.forget_others()
             found[name] = []
-            for step in folder.plan.steps:
-                outcome = self._end(name, step, found[name], total, start)
+            for planned in folder.plan.stages:
+                outcome = self._end(name, planned, found[name], total, start)
                 found[name].append(outcome)
-                self.reporter.event(StepEnds(outcome=outcome, variant=name))
-                if outcome.result is not None and name != step.home:
-                    folder.write_result(step, outcome.result)
-                    self._keep_record(name, self._records[step.home][step.stage])
+                self.reporter.event(StageEnds(outcome=outcome, variant=name))
+                if outcome.result is not None and name != planned.home:
+                    folder.write_result(planned, outcome.result)
+                    self._keep_record(name, self._records[planned.home][planned.stage])
         self._forget_skipped(found)
         return found
 
     def _forget_skipped(self, found: Mapping[str, Sequence[Outcome]]) -> None:
         """Remove results of an earlier run from stages that did not run in this one."""
         for name, outcomes in found.items():
-            for step in (outcome.step for outcome in outcomes if outcome.state == "skipped"):
+            for planned in (outcome.planned for outcome in outcomes if outcome.state == "skipped"):
                 # In its home another variant, whose gates hold, may have run it.
-                if step.home != name or step.identity not in self._ended:
-                    self.folders[name].forget(step)
+                if planned.home != name or planned.identity not in self._ended:
+                    self.folders[name].forget(planned)
 
     def _end(
-        self, variant: str, step: Step, before: Sequence[Outcome], total: int, start: Start
+        self,
+        variant: str,
+        planned: PlannedStage,
+        before: Sequence[Outcome],
+        total: int,
+        start: Start,
     ) -> Outcome:
-        """Run a step unless it is cached, shared or may not run."""
-        if (known := self._ended.get(step.identity)) is not None:
+        """Run a stage unless it is cached, shared or may not run."""
+        if (known := self._ended.get(planned.identity)) is not None:
             return _shared(known)
-        blocked = _find_block(step, before, self._ended)
+        blocked = _find_block(planned, before, self._ended)
         if blocked is not None:
-            outcome = Outcome(step=step, command=self._words(step), state="skipped", reason=blocked)
-        elif (reason := self._reason_to_run(step, key := self._key(step))) is None:
-            outcome = self._cached(step)
+            outcome = Outcome(
+                planned=planned, command=self._words(planned), state="skipped", reason=blocked
+            )
+        elif (reason := self._reason_to_run(planned, key := self._key(planned))) is None:
+            outcome = self._cached(planned)
         else:
             number = len(self._ended) + 1
-            pending = self._pending(step, reason)
+            pending = self._pending(planned, reason)
             self.reporter.event(
-                StepStarts(outcome=pending, variant=variant, number=number, total=total)
+                StageStarts(outcome=pending, variant=variant, number=number, total=total)
             )
-            outcome = self._run(step, key, start)
-        # A skipped step of one variant may run in another, whose gates hold.
+            outcome = self._run(planned, key, start)
+        # A skipped stage of one variant may run in another, whose gates hold.
         if outcome.state != "skipped":
-            self._ended[step.identity] = outcome
+            self._ended[planned.identity] = outcome
         return outcome
 
-    def _run(self, step: Step, key: str, start: Start) -> Outcome:
-        folder, command = self.folders[step.home], self._words(step)
-        folder.forget(step)
+    def _run(self, planned: PlannedStage, key: str, start: Start) -> Outcome:
+        folder, command = self.folders[planned.home], self._words(planned)
+        folder.forget(planned)
         began = time.monotonic()
         code, printed = start(command)
         seconds = time.monotonic() - began
@@ -210,24 +222,24 @@ class Execution:
             result = None
             code = code or 1
         else:
-            folder.write_result(step, result)
+            folder.write_result(planned, result)
             reason = "a gate does not hold" if code == GATE else _describe_exit(code)
         record = Record(
-            stage=step.stage,
+            stage=planned.stage,
             command=["spectool", *command],
             key=key,
-            output=self._output(step),
+            output=self._output(planned),
             exit_code=code,
             seconds=round(seconds, 3),
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        self._keep_record(step.home, record)
+        self._keep_record(planned.home, record)
         self._digests.save()
-        if step.stage == "tune":
-            self._tunings[step.identity] = key
+        if planned.stage == "tune":
+            self._tunings[planned.identity] = key
         states: dict[int, State] = {0: "done", GATE: "gate"}
         return Outcome(
-            step=step,
+            planned=planned,
             command=command,
             state=states.get(code, "failed"),
             reason=reason,
@@ -240,74 +252,76 @@ class Execution:
         self._records[variant][record.stage] = record
         self.folders[variant].write_records(self._records[variant])
 
-    def _key(self, step: Step) -> str:
-        return key_of(step, self._names(step), self._digests, self._tunings)
+    def _key(self, planned: PlannedStage) -> str:
+        return key_of(planned, self._names(planned), self._digests, self._tunings)
 
-    def _names(self, step: Step) -> dict[str, str]:
-        """Return what the placeholders of a step stand for."""
+    def _names(self, planned: PlannedStage) -> dict[str, str]:
+        """Return what the placeholders of a stage stand for."""
         places = {
             take.stage: str(self.folders[take.home].path / (STAGES[take.stage] or ""))
-            for take in step.takes
+            for take in planned.takes
         }
-        return {"run": str(self.folders[step.home].path), **places}
+        return {"run": str(self.folders[planned.home].path), **places}
 
-    def _words(self, step: Step) -> list[str]:
-        return step.words(self._names(step))
+    def _words(self, planned: PlannedStage) -> list[str]:
+        return planned.words(self._names(planned))
 
-    def _output(self, step: Step) -> str | None:
-        """Return the digest of the directory that a step wrote; None without one."""
-        folder = STAGES[step.stage]
-        path = self.folders[step.home].path / (folder or "")
+    def _output(self, planned: PlannedStage) -> str | None:
+        """Return the digest of the directory that a stage wrote; None without one."""
+        folder = STAGES[planned.stage]
+        path = self.folders[planned.home].path / (folder or "")
         return self._digests.of(path) if folder is not None and path.is_dir() else None
 
-    def _reason_to_run(self, step: Step, key: str) -> str | None:
-        """Return why a step has to run; None if it is cached."""
-        record, folder = self._records[step.home].get(step.stage), self.folders[step.home]
+    def _reason_to_run(self, planned: PlannedStage, key: str) -> str | None:
+        """Return why a stage has to run; None if it is cached."""
+        record, folder = self._records[planned.home].get(planned.stage), self.folders[planned.home]
         if record is None:
             return "it did not run yet"
         if record.key != key:
             return "its options, inputs or versions changed"
         if record.exit_code not in (0, GATE):
             return f"it ended with exit code {record.exit_code}"
-        if folder.read_result(step) is None:
+        if folder.read_result(planned) is None:
             return "its result is gone"
-        if record.output != self._output(step):
+        if record.output != self._output(planned):
             return "what it wrote is gone or changed"
-        for config in step.filled(self._names(step)):
+        for config in planned.filled(self._names(planned)):
             for path in texts_of(config, written=True).values():
                 if not Path(path).exists():
                     return f"{path} is gone"
-        if step.stage == "tune" and not self._is_tuned(step):
+        if planned.stage == "tune" and not self._is_tuned(planned):
             return "the cache folder of this user lacks what it found"
         return None
 
-    def _is_tuned(self, step: Step) -> bool:
+    def _is_tuned(self, planned: PlannedStage) -> bool:
         """Whether the cache folder has the options that `tune` found for these heads."""
-        heads = next(Path(texts["heads"]) for texts in self._texts(step) if "heads" in texts)
+        heads = next(Path(texts["heads"]) for texts in self._texts(planned) if "heads" in texts)
         # The fingerprint of heads is that of their record (`decode/heads/artifact.py`).
         digest = hashlib.sha256((heads / HEADS).read_bytes()).hexdigest()
         return any(key.startswith(f"sha256:{digest};") for key in read_cache(TUNED))
 
-    def _texts(self, step: Step) -> Iterator[dict[str, str]]:
-        yield from map(texts_of, step.filled(self._names(step)))
+    def _texts(self, planned: PlannedStage) -> Iterator[dict[str, str]]:
+        yield from map(texts_of, planned.filled(self._names(planned)))
 
 
 def _shared(known: Outcome) -> Outcome:
-    """Return the outcome of a step that an earlier variant has too."""
+    """Return the outcome of a stage that an earlier variant has too."""
     if known.state not in ("done", "runs"):
         return known
-    reason = f"shared with {known.step.home}"
+    reason = f"shared with {known.planned.home}"
     return replace(known, state="cached", reason=reason, seconds=0.0)
 
 
-def _find_block(step: Step, before: Sequence[Outcome], ended: Mapping[str, Outcome]) -> str | None:
-    """Return why a step may not run; None if it may."""
+def _find_block(
+    planned: PlannedStage, before: Sequence[Outcome], ended: Mapping[str, Outcome]
+) -> str | None:
+    """Return why a stage may not run; None if it may."""
     for outcome in before:
         if outcome.state == "gate":
             failed = [gate["expression"] for gate in outcome.gates if not gate["holds"]]
             named = f"the gate {failed[0]}" if failed else "a gate"
-            return f"{named} of {outcome.step.stage} does not hold"
-    for take in step.takes:
+            return f"{named} of {outcome.planned.stage} does not hold"
+    for take in planned.takes:
         if take.identity not in ended:
             return f"{take.stage} did not run"
         if ended[take.identity].state == "failed":
@@ -332,7 +346,7 @@ def _describe_exit(code: int) -> str:
 
 
 def exit_code(found: Mapping[str, Sequence[Outcome]]) -> int:
-    """Return the exit code of a run: that of a failed step, else 3 if a gate does not hold."""
+    """Return the exit code of a run: that of a failed stage, else 3 if a gate does not hold."""
     codes = [outcome.code for outcomes in found.values() for outcome in outcomes]
     failed = [code if code > 0 else 1 for code in codes if code not in (0, GATE)]
     return failed[0] if failed else max(codes, default=0)

@@ -1,6 +1,6 @@
-"""Fingerprints of a step: what decides its result, and what it wrote.
+"""Fingerprints of a stage: what decides its result, and what it wrote.
 
-A step's key covers its options, the contents of all files and directories that they name, the
+A stage's key covers its options, the contents of all files and directories that they name, the
 versions of spectool, torch and transformers, and, where it is timed, the machine. A hub id counts
 by its name and its revision: the hub is not asked.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from spectool import machine
 from spectool.checkpoint.headers import CERTIFICATE, HEADS, PACKED_INDEX, TRAINING
 from spectool.files import json_bytes, replacing
-from spectool.recipe.plan import Step, texts_of
+from spectool.recipe.plan import PlannedStage, texts_of
 
 # What is added to an artifact after it was written; its indexes list these files.
 _ADDED = ("README.md", CERTIFICATE)
@@ -100,15 +100,15 @@ def versions() -> dict[str, str | None]:
 
 
 def key_of(
-    step: Step, names: Mapping[str, str], digests: Digests, tunings: Mapping[str, str]
+    planned: PlannedStage, names: Mapping[str, str], digests: Digests, tunings: Mapping[str, str]
 ) -> str:
-    """Return the key of a step whose earlier steps are done.
+    """Return the key of a stage whose earlier stages are done.
 
     `names` has what the placeholders stand for; `tunings` the keys of tunings, by identity, which
     leave no directory.
     """
     inputs = {}
-    for config in step.filled(names):
+    for config in planned.filled(names):
         for option, text in texts_of(config).items():
             # `NAME:key=value` may name a directory before its colon.
             for path in (Path(text), Path(text.partition(":")[0])):
@@ -116,12 +116,12 @@ def key_of(
                     inputs[option] = digests.of(path)
                     break
     record = {
-        "stage": step.stage,
-        "method": step.method,
-        "options": [config.as_dict() for config in step.configs],
+        "stage": planned.stage,
+        "method": planned.method,
+        "options": [config.as_dict() for config in planned.configs],
         "inputs": inputs,
-        "tunings": [tunings[each.identity] for each in step.takes if each.identity in tunings],
+        "tunings": [tunings[each.identity] for each in planned.takes if each.identity in tunings],
         "versions": versions(),
-        "machine": machine.describe_hardware() if step.is_timed else None,
+        "machine": machine.describe_hardware() if planned.is_timed else None,
     }
     return f"sha256:{hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()}"

@@ -1,10 +1,10 @@
-"""The folder of a run: what each step left there, and one run at a time.
+"""The folder of a run: what each stage left there, and one run at a time.
 
     RUN/run.json             recipe, machine, versions; of each stage command, key, times, exit code
     RUN/results/NN-STAGE.json    what the command printed with --json
     RUN/distilled, RUN/packed, RUN/heads    what the stages wrote
 
-With a matrix RUN/VARIANT is such a folder for each variant. A step that several variants share is
+With a matrix RUN/VARIANT is such a folder for each variant. A stage that several variants share is
 in the folder of the first one; its result is in all of them.
 """
 
@@ -24,7 +24,7 @@ from spectool import machine
 from spectool.errors import UsageError
 from spectool.files import disk_errors, json_bytes, replacing
 from spectool.recipe.fingerprints import versions
-from spectool.recipe.plan import STAGES, Step, VariantPlan
+from spectool.recipe.plan import STAGES, PlannedStage, VariantPlan
 
 RUN_FILE = "run.json"
 DIGESTS = "digests.json"
@@ -38,7 +38,7 @@ _PATIENCE = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What run.json keeps of a step: `output` is the digest of the directory that it wrote."""
+    """What run.json keeps of a stage: `output` is the digest of the directory that it wrote."""
 
     stage: str
     command: list[str]
@@ -61,33 +61,33 @@ class RunFolder:
         """The variant's name, or that of the whole run."""
         return self.plan.variant.name or self.path.name
 
-    def result_path(self, step: Step) -> Path:
-        """Return where the result of a step lies."""
-        return self.path / RESULTS / step.result
+    def result_path(self, planned: PlannedStage) -> Path:
+        """Return where the result of a stage lies."""
+        return self.path / RESULTS / planned.result
 
-    def read_result(self, step: Step) -> dict[str, Any] | None:
-        """Return the result of a step; None if there is none."""
+    def read_result(self, planned: PlannedStage) -> dict[str, Any] | None:
+        """Return the result of a stage; None if there is none."""
         try:
-            found = json.loads(self.result_path(step).read_text(encoding="utf-8"))
+            found = json.loads(self.result_path(planned).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
 
-    def write_result(self, step: Step, result: Mapping[str, Any]) -> None:
-        """Keep the result of a step."""
-        path = self.result_path(step)
+    def write_result(self, planned: PlannedStage, result: Mapping[str, Any]) -> None:
+        """Keep the result of a stage."""
+        path = self.result_path(planned)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
-    def forget(self, step: Step) -> None:
-        """Remove the result of a step that runs again."""
-        self.result_path(step).unlink(missing_ok=True)
+    def forget(self, planned: PlannedStage) -> None:
+        """Remove the result of a stage that runs again."""
+        self.result_path(planned).unlink(missing_ok=True)
 
     def forget_others(self) -> None:
         """Remove the results of stages that the recipe no longer has."""
-        kept = {step.result for step in self.plan.steps}
+        kept = {planned.result for planned in self.plan.stages}
         for number, stage in enumerate(STAGES, start=1):
             if (name := f"{number:02}-{stage}.json") not in kept:
                 (self.path / RESULTS / name).unlink(missing_ok=True)
@@ -104,7 +104,7 @@ class RunFolder:
     def write_records(self, records: Mapping[str, Record]) -> None:
         """Write run.json, with the records of the recipe's stages in their order."""
         variant = self.plan.variant
-        kept = [records[step.stage] for step in self.plan.steps if step.stage in records]
+        kept = [records[planned.stage] for planned in self.plan.stages if planned.stage in records]
         sections = {
             stage: {name: given.value for name, given in section.items()}
             for stage, section in {"all": variant.every, **variant.sections}.items()

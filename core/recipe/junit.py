@@ -30,7 +30,7 @@ def as_junit(name: str, found: Mapping[str, Sequence[Outcome]]) -> bytes:
 
 
 def _add_stage(suite: ElementTree.Element, outcome: Outcome) -> None:
-    stage, where = outcome.step.stage, suite.get("name", "")
+    stage, where = outcome.planned.stage, suite.get("name", "")
     case = ElementTree.SubElement(
         suite, "testcase", classname=where, name=stage, time=f"{outcome.seconds:.3f}"
     )

@@ -1,9 +1,9 @@
-"""Plans of recipes: the steps of each variant, with all options checked, before any of them runs.
+"""Plans of recipes: the stages of each variant, with all options checked, before any of them runs.
 
-A step is one command. What it takes from earlier ones stands as a placeholder in its options:
+A stage is one command. What it takes from earlier ones stands as a placeholder in its options:
 `{distill}`, `{quantize}` and `{train-heads}` are the directories that these stages write, `{run}`
 is the run's folder, and `{model}` the recipe's checkpoint. Where a recipe does not say otherwise, a
-stage takes the newest checkpoint. Steps of several variants with the same options are one step.
+stage takes the newest checkpoint. Stages of several variants with the same options are one stage.
 
 The classes of a stage's options come from its command (`Command`): no option is defined here.
 """
@@ -60,17 +60,17 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class PlannedStage:
     """A command of a recipe. `home`: the name of the variant in whose folder it writes.
 
-    `configs` have placeholders, for `takes`: the steps whose output this one reads.
+    `configs` have placeholders, for `takes`: the stages whose output this one reads.
     """
 
     stage: str
     method: str | None
     configs: tuple[Config, ...]
     home: str
-    takes: tuple[Step, ...]
+    takes: tuple[PlannedStage, ...]
 
     @property
     def result(self) -> str:
@@ -79,9 +79,9 @@ class Step:
 
     @property
     def identity(self) -> str:
-        """A digest of all options, with those of the steps before: of equal steps the same."""
+        """A digest of all options, with those of the stages before: of equal stages the same."""
         options = [config.as_dict() for config in self.configs]
-        record = [self.stage, self.method, options, [step.identity for step in self.takes]]
+        record = [self.stage, self.method, options, [planned.identity for planned in self.takes]]
         return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
 
     @property
@@ -101,10 +101,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VariantPlan:
-    """The steps of a variant, in order."""
+    """The stages of a variant, in order."""
 
     variant: Variant
-    steps: tuple[Step, ...]
+    stages: tuple[PlannedStage, ...]
 
     @property
     def model(self) -> str:
@@ -113,7 +113,7 @@ class VariantPlan:
 
 
 def make_plan(recipe: Recipe, commands: Mapping[str, Command]) -> list[VariantPlan]:
-    """Return the steps of all variants.
+    """Return the stages of all variants.
 
     What needs no torch is checked first, in all stages.
 
@@ -128,22 +128,22 @@ def make_plan(recipe: Recipe, commands: Mapping[str, Command]) -> list[VariantPl
             command = commands[stage]
             method = _method_of(variant, stage, command)
             _make_configs(variant, stage, method, command.shared(method), rest=method is not None)
-    plans, known = [], dict[str, Step]()
+    plans, known = [], dict[str, PlannedStage]()
     for variant in variants:
-        steps: dict[str, Step] = {}
+        stages: dict[str, PlannedStage] = {}
         for stage in _stages(variant):
             method = _method_of(variant, stage, commands[stage])
             configs = _make_configs(variant, stage, method, commands[stage].classes(method))
-            step = Step(
+            planned = PlannedStage(
                 stage=stage,
                 method=method,
                 configs=configs,
                 home=variant.name,
-                takes=_find_takes(configs, steps),
+                takes=_find_takes(configs, stages),
             )
-            steps[stage] = known.setdefault(step.identity, step)
-        _check_every(variant, list(steps.values()))
-        plans.append(VariantPlan(variant=variant, steps=tuple(steps.values())))
+            stages[stage] = known.setdefault(planned.identity, planned)
+        _check_every(variant, list(stages.values()))
+        plans.append(VariantPlan(variant=variant, stages=tuple(stages.values())))
     return plans
 
 
@@ -296,8 +296,10 @@ def _build(
         raise UsageError(f"{place}: {stage}: {error}", hint=error.hint) from None
 
 
-def _find_takes(configs: Sequence[Config], before: Mapping[str, Step]) -> tuple[Step, ...]:
-    """Return the steps that a step's placeholders name, and the tuning of heads that it runs."""
+def _find_takes(
+    configs: Sequence[Config], before: Mapping[str, PlannedStage]
+) -> tuple[PlannedStage, ...]:
+    """Return the stages that a stage's placeholders name, and the tuning of heads that it runs."""
     named = {
         name
         for config in configs
@@ -306,7 +308,7 @@ def _find_takes(configs: Sequence[Config], before: Mapping[str, Step]) -> tuple[
     }
     if "train-heads" in named and "tune" in before:
         named.add("tune")
-    return tuple(step for stage, step in before.items() if stage in named)
+    return tuple(planned for stage, planned in before.items() if stage in named)
 
 
 def texts_of(config: Config, *, written: bool = False) -> dict[str, str]:
@@ -327,12 +329,12 @@ def texts_of(config: Config, *, written: bool = False) -> dict[str, str]:
     return found
 
 
-def _check_every(variant: Variant, steps: Sequence[Step]) -> None:
+def _check_every(variant: Variant, stages: Sequence[PlannedStage]) -> None:
     """Raise UsageError if no stage has an option that all shall have."""
     known = {
         option.name
-        for step in steps
-        for config in step.configs
+        for planned in stages
+        for config in planned.configs
         for option in options_of(type(config))
         if not option.argument
     }

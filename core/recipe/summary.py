@@ -27,7 +27,7 @@ def as_markdown(name: str, found: Mapping[str, Sequence[Outcome]]) -> bytes:
         for outcome in outcomes:
             why = f": {_cell(outcome.reason)}" if outcome.reason else ""
             seconds = f"{outcome.seconds:.1f}" if outcome.seconds else ""
-            lines.append(f"| {outcome.step.stage} | {_STATES[outcome.state]}{why} | {seconds} |")
+            lines.append(f"| {outcome.planned.stage} | {_STATES[outcome.state]}{why} | {seconds} |")
         lines += ["", *_gates(outcomes), *_figures(outcomes), *_commands(outcomes)]
     return "\n".join(lines).encode()
 
@@ -48,7 +48,7 @@ def _figures(outcomes: Sequence[Outcome]) -> Iterator[str]:
         figure
         for outcome in outcomes
         if outcome.result is not None
-        for figure in figures_of(outcome.step.stage, outcome.result)
+        for figure in figures_of(outcome.planned.stage, outcome.result)
     ]
     if figures:
         yield from ("| figure | |", "|---|---:|")

@@ -30,7 +30,7 @@ Checkpoint = Callable[..., Path]
 
 @pytest.fixture
 def started(spectool: Spectool, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Run steps in this process, which has torch already; returns the words of each."""
+    """Run stages in this process, which has torch already; returns the words of each."""
     commands: list[list[str]] = []
 
     def start(words: Sequence[str], *, lock: int) -> tuple[int, str]:
@@ -157,7 +157,7 @@ def test_a_failed_stage_stops_what_takes_from_it(
     assert not Path("release/results/03-train-heads.json").exists()
 
 
-def test_variants_share_the_steps_that_are_equal(
+def test_variants_share_the_stages_that_are_equal(
     spectool: Spectool, recipe: dict[str, Any], started: list[list[str]]
 ) -> None:
     del recipe["bench"]

@@ -38,7 +38,7 @@ def test_the_workflows_run_the_script_and_publish_what_it_writes() -> None:
     assert os.access(FOLDER / "run.sh", os.X_OK)
 
 
-def test_the_recipe_is_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipe_is_in_order() -> None:
     """Its options exist and its files are there."""
     from spectool.cli.run import make_commands
     from spectool.recipe.document import read_recipe
@@ -48,7 +48,7 @@ def test_the_recipe_is_in_order(capsys: pytest.CaptureFixture[str]) -> None:
         patch.chdir(ROOT)
         recipe = read_recipe(FOLDER / "release.yaml", (), list(STAGES))
         (plan,) = make_plan(recipe, make_commands())
-    assert [step.stage for step in plan.steps] == ["quantize", "eval", "bench"]
+    assert [planned.stage for planned in plan.stages] == ["quantize", "eval", "bench"]
 
 
 @pytest.mark.slow
