@@ -29,8 +29,6 @@ class ReportOptions(Config):
     def validate(self) -> None:
         if self.out.suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--out {self.out}: expected a name that ends with .html")
-        if not self.out.parent.is_dir():
-            raise UsageError(f"--out {self.out}: there is no folder {self.out.parent}")
 
 
 def report(output: Output, options: ReportOptions) -> None:
@@ -38,6 +36,8 @@ def report(output: Output, options: ReportOptions) -> None:
     from spectool.evaluate.report.page import write_report
     from spectool.evaluate.report.runs import read_runs
 
+    if not options.out.parent.is_dir():
+        raise UsageError(f"--out {options.out}: there is no folder {options.out.parent}")
     runs = read_runs([Path(run) for run in options.runs])
     written = write_report(runs, options.out, options.pictures)
     for path in written[:-1]:

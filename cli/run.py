@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from spectool.cli import bench, evaluate, tune
+from spectool.cli import bench, evaluate, report, tune
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output
 from spectool.cli.derive import configs_of
@@ -35,6 +35,7 @@ BODIES: dict[str, Verb | Callable[..., None]] = {
     "tune": tune.tune,
     "eval": evaluate.evaluate,
     "bench": bench.bench,
+    "report": report.report,
 }
 
 
@@ -68,14 +69,16 @@ def run(output: Output, options: RunOptions) -> None:
     from spectool.recipe.document import read_recipe
     from spectool.recipe.execute import Execution, exit_code, start_process
     from spectool.recipe.folder import check_folder, locked
-    from spectool.recipe.plan import STAGES, make_plan
+    from spectool.recipe.plan import STAGES, make_plan, plan_report
 
     recipe = read_recipe(options.recipe, options.override, list(STAGES))
     folder = options.out or Path(options.recipe.stem)
     check_folder(folder)
-    plans = make_plan(recipe, make_commands())
+    commands = make_commands()
+    page = plan_report(recipe, commands)
+    plans = make_plan(recipe, commands)
     _check_gates(plans)
-    execution = Execution(folder, plans, reporter=_Teller(output))
+    execution = Execution(folder, plans, page, reporter=_Teller(output))
     if options.dry_run:
         found = execution.foresee()
         _show_dry(output, found)

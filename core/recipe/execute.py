@@ -86,12 +86,21 @@ Start = Callable[[Sequence[str]], tuple[int, str]]
 
 
 class Execution:
-    """A plan in its folder: what will run, and the run itself."""
+    """A plan in its folder: what will run, and the run itself.
+
+    `report` shows the results of all variants, at the end of each run; its outcome is under the
+    name of no variant.
+    """
 
     def __init__(
-        self, run: Path, plans: Sequence[VariantPlan], *, reporter: Reporter = SILENT
+        self,
+        run: Path,
+        plans: Sequence[VariantPlan],
+        report: PlannedStage | None = None,
+        *,
+        reporter: Reporter = SILENT,
     ) -> None:
-        self.run_path, self.reporter = run, reporter
+        self.run_path, self.report, self.reporter = run, report, reporter
         self.folders = {plan.variant.name: RunFolder(run, plan) for plan in plans}
         self._records = {name: folder.read_records() for name, folder in self.folders.items()}
         self._digests = Digests(run / DIGESTS)
@@ -105,6 +114,8 @@ class Execution:
             found[name] = []
             for planned in folder.plan.stages:
                 found[name].append(self._foresee(planned, found[name]))
+        if self.report is not None:
+            found.setdefault("", []).append(self._pending_report(self.report))
         return found
 
     def _foresee(self, planned: PlannedStage, before: Sequence[Outcome]) -> Outcome:
@@ -155,6 +166,7 @@ class Execution:
         total = len(
             {planned.identity for each in self.folders.values() for planned in each.plan.stages}
         )
+        total += self.report is not None
         found: dict[str, list[Outcome]] = {}
         for name, folder in self.folders.items():
             folder.forget_others()
@@ -167,7 +179,17 @@ class Execution:
                     folder.write_result(planned, outcome.result)
                     self._keep_record(name, self._records[planned.home][planned.stage])
         self._forget_skipped(found)
+        if self.report is not None:
+            pending = self._pending_report(self.report)
+            self.reporter.event(StageStarts(outcome=pending, variant="", number=total, total=total))
+            outcome = _call(pending, start)
+            self.reporter.event(StageEnds(outcome=outcome, variant=""))
+            found.setdefault("", []).append(outcome)
         return found
+
+    def _pending_report(self, report: PlannedStage) -> Outcome:
+        command = report.words({"run": str(self.run_path)})
+        return Outcome(planned=report, command=command, state="runs", reason="as at each run's end")
 
     def _forget_skipped(self, found: Mapping[str, Sequence[Outcome]]) -> None:
         """Remove results of an earlier run from stages that did not run in this one."""
@@ -208,45 +230,25 @@ class Execution:
         return outcome
 
     def _run(self, planned: PlannedStage, key: str, start: Start) -> Outcome:
-        folder, command = self.folders[planned.home], self._words(planned)
+        folder = self.folders[planned.home]
         folder.forget(planned)
-        began = time.monotonic()
-        code, printed = start(command)
-        seconds = time.monotonic() - began
-        result = _parse(printed)
-        error = (result or {}).get("error") or {}
-        if code == INTERRUPTED:
-            raise Interrupted("interrupted", hint="run the same command to continue")
-        if result is None or error:
-            reason = str(error.get("message") or _describe_exit(code))
-            result = None
-            code = code or 1
-        else:
-            folder.write_result(planned, result)
-            reason = "a gate does not hold" if code == GATE else _describe_exit(code)
+        outcome = _call(self._pending(planned, ""), start)
+        if outcome.result is not None:
+            folder.write_result(planned, outcome.result)
         record = Record(
             stage=planned.stage,
-            command=["spectool", *command],
+            command=["spectool", *outcome.command],
             key=key,
             output=self._output(planned),
-            exit_code=code,
-            seconds=round(seconds, 3),
+            exit_code=outcome.code,
+            seconds=round(outcome.seconds, 3),
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         self._keep_record(planned.home, record)
         self._digests.save()
         if planned.stage == "tune":
             self._tunings[planned.identity] = key
-        states: dict[int, State] = {0: "done", GATE: "gate"}
-        return Outcome(
-            planned=planned,
-            command=command,
-            state=states.get(code, "failed"),
-            reason=reason,
-            code=code,
-            seconds=seconds,
-            result=result,
-        )
+        return outcome
 
     def _keep_record(self, variant: str, record: Record) -> None:
         self._records[variant][record.stage] = record
@@ -302,6 +304,30 @@ class Execution:
 
     def _texts(self, planned: PlannedStage) -> Iterator[dict[str, str]]:
         yield from map(texts_of, planned.filled(self._names(planned)))
+
+
+def _call(pending: Outcome, start: Start) -> Outcome:
+    """Run the command of a stage, and return its outcome; raises Interrupted if it was stopped."""
+    began = time.monotonic()
+    code, printed = start(pending.command)
+    seconds = time.monotonic() - began
+    if code == INTERRUPTED:
+        raise Interrupted("interrupted", hint="run the same command to continue")
+    result = _parse(printed)
+    error = (result or {}).get("error") or {}
+    reason = "a gate does not hold" if code == GATE else _describe_exit(code)
+    if result is None or error:
+        reason = str(error.get("message") or _describe_exit(code) or "it printed no result")
+        result, code = None, code or 1
+    states: dict[int, State] = {0: "done", GATE: "gate"}
+    return replace(
+        pending,
+        state=states.get(code, "failed"),
+        reason=reason,
+        code=code,
+        seconds=seconds,
+        result=result,
+    )
 
 
 def _shared(known: Outcome) -> Outcome:

@@ -32,7 +32,10 @@ STAGES: dict[str, str | None] = {
     "tune": None,
     "eval": None,
     "bench": None,
+    "report": None,
 }
+# Not one of a variant: it shows the results of all.
+REPORT = "report"
 CHECKPOINTS = ("distill", "quantize")
 
 # Set by the run.
@@ -147,8 +150,21 @@ def make_plan(recipe: Recipe, commands: Mapping[str, Command]) -> list[VariantPl
     return plans
 
 
+def plan_report(recipe: Recipe, commands: Mapping[str, Command]) -> PlannedStage | None:
+    """Return the stage that shows the results of all variants on a page; None without one.
+
+    Raises:
+        UsageError: an option is unknown or has no such value.
+    """
+    if REPORT not in recipe.sections:
+        return None
+    classes = commands[REPORT].classes(None)
+    configs = _make_configs(recipe.variants()[0], REPORT, None, classes)
+    return PlannedStage(stage=REPORT, method=None, configs=configs, home="", takes=())
+
+
 def _stages(variant: Variant) -> list[str]:
-    return [stage for stage in STAGES if stage in variant.sections]
+    return [stage for stage in STAGES if stage in variant.sections and stage != REPORT]
 
 
 def _check_model(model: Given) -> None:
@@ -211,6 +227,8 @@ def _make_configs(
 
 def _bound(variant: Variant, stage: str) -> dict[str, Any]:
     """Return what a stage takes where the recipe does not say otherwise."""
+    if stage == REPORT:
+        return {"runs": ["{run}"], "out": "{run}/report.html"}
     before = [name for name in _stages(variant) if list(STAGES).index(name) < _rank(stage)]
     made = [name for name in before if name in CHECKPOINTS]
     bound: dict[str, Any] = {

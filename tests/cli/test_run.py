@@ -125,12 +125,17 @@ def test_a_gate_that_does_not_hold_stops_its_variant(
 ) -> None:
     del recipe["train-heads"]
     recipe["eval"]["gate"] = "perplexity_ratio<=0.5"
+    recipe["report"] = None
     done = spectool("run", write(recipe), "--json")
     assert done.code == 3
-    assert states(done) == {"quantize": "done", "eval": "gate", "bench": "skipped"}
+    assert states(done) == {
+        "quantize": "done", "eval": "gate", "bench": "skipped", "report": "done",
+    }  # fmt: skip
+    assert started[-1] == ["report", "release", "--out", "release/report.html"]
+    assert "perplexity_ratio" in Path("release/report.html").read_text()
     assert "does not run: the gate perplexity_ratio<=0.5 of eval does not hold" in done.err
     again = spectool("run", "release.yaml")
-    assert again.code == 3 and len(started) == 2
+    assert again.code == 3 and [words[0] for words in started[2:]] == ["report"] * 2
     assert not Path("release/results/06-bench.json").exists()
     assert "gate perplexity_ratio<=0.5: does not hold" in again.out
     dry = spectool("run", "release.yaml", "--dry-run")

@@ -65,7 +65,7 @@ def test_the_script_reports_and_exits_as_the_run_does(tmp_path: Path) -> None:
     done = subprocess.run(script, cwd=ROOT, env=environment)
     assert done.returncode == 0
     suite = ElementTree.parse(tmp_path / "reports/junit.xml").find("testsuite")
-    assert suite is not None and (suite.get("tests"), suite.get("failures")) == ("5", "0")
+    assert suite is not None and (suite.get("tests"), suite.get("failures")) == ("6", "0")
     assert "perplexity_ratio<=1.05" in summary.read_text()
     result = json.loads((tmp_path / "run/results/06-bench.json").read_text())
     assert all(row["identical"] == row["prompts"] for row in result["drafters"])
