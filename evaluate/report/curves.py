@@ -61,9 +61,13 @@ def draw_curves(
     shown = dict(list((beside or {}).items())[:_PEERS])
     _draw_beside(panel, shown)
     _scale(panel, [spot for spots in (*shown.values(), *curves.values()) for spot in spots])
+    if all(isinstance(spot.x, int) for spots in curves.values() for spot in spots):
+        panel.locator_params(axis="x", integer=True)
     panel.set_xlabel(labels[0])
     panel.set_ylabel(labels[1])
-    whole.legend(loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
+    longest = max(len(name) for name in panel.get_legend_handles_labels()[1])
+    columns = 3 if longest <= 16 else 2 if longest <= 24 else 1
+    whole.legend(loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
     return whole
 
 

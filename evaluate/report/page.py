@@ -141,9 +141,8 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _version(runs: Sequence[Run]) -> str:
-    found = {
-        (run.data.get("machine") or {}).get("versions", {}).get("spectool") for run in runs
-    } - {None}
+    machines = (run.data.get("machine") or {} for run in runs if not run.is_peers)
+    found = {machine.get("versions", {}).get("spectool") for machine in machines} - {None}
     return ", ".join(sorted(found))
 
 

@@ -4,73 +4,80 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
 
 from spectool.evaluate.report.content import Cell, Picture, Section, Table, figure
 from spectool.evaluate.report.curves import Spot, draw_curves
 from spectool.evaluate.report.runs import Run
+from spectool.evaluate.report.sections.speed import measured_in
 
 _TEXT = (
-    "The share of passes in which the first tokens of a draft, up to each depth, are all accepted: "
-    "from `bench --chain-lengths`, the tokens per forward that a chain gains by one more token; "
-    "from training, the held-out accuracy of each head given that earlier ones were right, "
-    "multiplied."
+    "The share of steps in which the first tokens of a draft, up to each depth, are all accepted: "
+    "of drafters, among the steps that draft so deep; of heads, held out from training, the "
+    "accuracy of each head given that earlier ones were right, multiplied. Chains are what most "
+    "servers verify: drafts cut to their first path, and that to 1, 2, ... tokens."
 )
 
 
 def make(runs: Sequence[Run]) -> Section | None:
-    """Make the section from drafters with `chain`, and from trained heads with `conditional`."""
-    shares = dict(_shares(runs))
-    if not shares:
+    """Make the section from what `bench` and `train-heads` printed of drafters and heads."""
+    shares, chains = dict(_shares(runs)), dict(_chains(runs))
+    if not shares and not chains:
         return None
-    curves = {
-        name: [
-            Spot(depth, share, f"{name}, {depth} tokens: {share:.1%}")
-            for depth, share in enumerate(each, start=1)
-        ]
-        for name, each in shares.items()
-    }
-    deepest = max(map(len, shares.values()))
-    rows = [
-        [Cell(name), *(figure(share, percent=True) for share in each)]
-        + [Cell("-")] * (deepest - len(each))
-        for name, each in shares.items()
-    ]
-    labels = "tokens of the draft", "share of passes that accept them all"
+    pictures, tables = [], []
+    for name, found, percent, title, caption, label in (
+        ("depth", shares, True, "Share of steps that accept a draft up to each depth",
+         "Drafts accepted up to each depth", "share of steps that accept them all"),
+        ("chains", chains, False, "Tokens per forward with drafts cut to chains",
+         "Tokens per forward with chains of each length", "tokens per forward"),
+    ):  # fmt: skip
+        if not found:
+            continue
+        curves = {
+            drafter: [
+                Spot(depth, value, f"{drafter}, {depth}: {figure(value, percent=percent).text}")
+                for depth, value in enumerate(values, start=1)
+            ]
+            for drafter, values in found.items()
+        }
+        labels = "tokens of the draft", label
+        draw = partial(draw_curves, curves, labels=labels)
+        pictures.append(Picture(name=name, title=title, draw=draw))
+        tables.append(_table(caption, found, percent=percent))
     return Section(
-        name="depth",
-        title="Acceptance by depth",
-        text=[_TEXT],
-        pictures=[
-            Picture(
-                name="depth",
-                title="Share of passes that accept a draft up to each depth",
-                draw=partial(draw_curves, curves, labels=labels),
-            )
-        ],
-        tables=[
-            Table(
-                caption="Drafts accepted up to each depth",
-                headings=["Drafter", *map(str, range(1, deepest + 1))],
-                rows=rows,
-            )
-        ],
+        name="depth", title="Acceptance by depth", text=[_TEXT], pictures=pictures, tables=tables
     )
 
 
-def _shares(runs: Sequence[Run]) -> Iterator[tuple[str, list[float]]]:
+def _table(caption: str, found: Mapping[str, Sequence[float]], *, percent: bool) -> Table:
+    deepest = max(map(len, found.values()))
+    rows = [
+        [Cell(name), *(figure(value, percent=percent) for value in values)]
+        + [Cell("-")] * (deepest - len(values))
+        for name, values in found.items()
+    ]
+    headings = ["Drafter", *map(str, range(1, deepest + 1))]
+    return Table(caption=caption, headings=headings, rows=rows)
+
+
+def _shares(runs: Sequence[Run]) -> Iterator[tuple[str, Sequence[float]]]:
     for run in runs:
         if "conditional" in run.data:
             name = f"{PurePath(run.data['out']).name} ({run.data['method']}, held out)"
             yield name, list(itertools.accumulate(run.data["conditional"], operator.mul))
-        for measured in (run.data, *run.data.get("other_runs", ())):
-            for row in measured.get("drafters", ()):
-                if row.get("chain"):
-                    rates = [1.0, *row["chain"]]
-                    model = PurePath(measured["model"]).name
-                    yield (
-                        f"{row['name']} on {model}",
-                        [after - before for before, after in itertools.pairwise(rates)],
-                    )
+    yield from _of_drafters(runs, "acceptance_by_depth")
+
+
+def _chains(runs: Sequence[Run]) -> Iterator[tuple[str, Sequence[float]]]:
+    return _of_drafters(runs, "chain")
+
+
+def _of_drafters(runs: Sequence[Run], field: str) -> Iterator[tuple[str, Sequence[float]]]:
+    for measured in measured_in(runs):
+        for row in measured["drafters"]:
+            if row.get(field):
+                size = measured["batch_size"]
+                batch = f", batch size {size}" if size > 1 else ""
+                yield f"{row['name']} on {PurePath(measured['model']).name}{batch}", row[field]

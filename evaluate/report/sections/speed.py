@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
@@ -32,13 +33,18 @@ def make(runs: Sequence[Run]) -> Section | None:
     measured = list(measured_in(runs))
     if not measured:
         return None
+    runtimes = {(PurePath(each["model"]).name, each["runtime"]) for each in measured}
+    shared = Counter(model for model, _ in runtimes)
     by_model: dict[str, list[Mapping[str, Any]]] = {}
     for each in measured:
-        by_model.setdefault(_name(each), []).append(each)
+        model = PurePath(each["model"]).name
+        # A quantized checkpoint may be run both packed and dense.
+        name = f"{model}, {each['runtime']}" if shared[model] > 1 else model
+        by_model.setdefault(name, []).append(each)
     pictures = [
         Picture(
             name=slug(f"speed-{name}"),
-            title=f"Tokens per second against tokens per forward of {name}, by drafter",
+            title=f"Tokens per second against tokens per forward: {name}",
             draw=partial(
                 draw_curves,
                 _curves(each),
@@ -60,10 +66,6 @@ def measured_in(runs: Sequence[Run]) -> Iterator[Mapping[str, Any]]:
         if {"baseline", "drafters", "runtime"} <= run.data.keys():
             yield {key: value for key, value in run.data.items() if key != "other_runs"}
             yield from run.data.get("other_runs", ())
-
-
-def _name(measured: Mapping[str, Any]) -> str:
-    return f"{PurePath(measured['model']).name} ({measured['runtime']})"
 
 
 def _rows(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -130,7 +132,8 @@ def _categories(measured: Sequence[Mapping[str, Any]]) -> Table:
         [
             Cell(part["category"]),
             Cell(row["name"]),
-            Cell(_name(each)),
+            Cell(PurePath(each["model"]).name),
+            Cell(each["runtime"]),
             figure(each["batch_size"]),
             figure(row["tokens_per_second"]),
             figure(row["speedup"]),
@@ -141,7 +144,8 @@ def _categories(measured: Sequence[Mapping[str, Any]]) -> Table:
         for row in _rows(part)[1:]
     ]
     headings = [
-        "Category", "Drafter", "Model", "Batch", "Tokens/s", "Speed-up", "Tokens per forward",
+        "Category", "Drafter", "Model", "Runtime", "Batch", "Tokens/s", "Speed-up",
+        "Tokens per forward",
     ]  # fmt: skip
     caption = "Drafters by category of prompts"
     return Table(caption=caption, headings=headings, rows=rows, folded=True)

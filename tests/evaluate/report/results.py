@@ -74,6 +74,7 @@ def _row(name: str, rate: float, speed: float) -> dict[str, Any]:
 
 def bench() -> dict[str, Any]:
     drafter = {**_row("ngram:max_n=3", 2.125, 187.5), "chain": [1.5, 1.75, 1.875]}
+    drafter |= {"acceptance_by_depth": [0.6875, 0.34375]}
     part = {"baseline": _row("none", 1.0, 100.0), "drafters": [drafter]}
     run = {
         **part,
