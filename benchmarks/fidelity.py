@@ -29,10 +29,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import transformers
-from matplotlib.figure import Figure
 from record import write
 from torch import Tensor
 
@@ -49,6 +47,7 @@ from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
 from spectool.methods import import_method
 from spectool.model.loading import load_tokenizer
+from spectool.picture import COLOURS, LINE, MARKERS, MUTED, make_figure, save, style
 from spectool.quantize.budget import list_widths
 from spectool.quantize.job import Budget, QuantizeJob
 from spectool.quantize.ledger import measure as count_bits
@@ -364,29 +363,33 @@ def draw(panels: dict[tuple[str, str], Any], path: Path) -> None:
     """Draw a panel per model and text: perplexity against stored bits of the linears."""
     columns = 3
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
     names = list(dict.fromkeys(name for name, _ in METHODS))
-    colours = {name: matplotlib.colormaps["tab20"](at) for at, name in enumerate(names)}
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    for axis, ((model, text), (points, original, curve)) in zip(axes, panels.items(), strict=False):
-        axis.plot(
-            [p.bits for p in curve], [math.exp(p.nll) for p in curve], color="lightgrey", lw=4
-        )
-        for method, colour in colours.items():
-            pairs = sorted((p.bits, math.exp(p.nll)) for p in points if p.method == method)
-            bits, perplexities = [bits for bits, _ in pairs], [value for _, value in pairs]
-            axis.plot(
-                bits, perplexities, marker="o", markersize=3, lw=0.8, label=method, color=colour
-            )
-        reference = math.exp(original.nll)
-        axis.axhline(reference, color="grey", linewidth=0.8)
-        axis.set(title=f"{model}, {text}", xlabel="stored bits per weight", ylabel="perplexity")
-        axis.set(ylim=(0.95 * reference, 1.3 * reference), xlim=(1.5, 5.0))
-    axes[0].legend(fontsize=7, frameon=False)
-    with matplotlib.rc_context({"svg.hashsalt": "spectool"}):
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with style():
+        figure = make_figure(5 * columns, 3.6 * lines)
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        for axis, ((model, text), (points, original, curve)) in zip(
+            axes, panels.items(), strict=False
+        ):
+            hull_bits, hull_values = [p.bits for p in curve], [math.exp(p.nll) for p in curve]
+            axis.plot(hull_bits, hull_values, color=LINE, lw=5)
+            for number, method in enumerate(names):
+                pairs = sorted((p.bits, math.exp(p.nll)) for p in points if p.method == method)
+                bits, perplexities = [bits for bits, _ in pairs], [value for _, value in pairs]
+                # The second round of colours has other markers, and dashes.
+                look = {
+                    "color": COLOURS[number % len(COLOURS)],
+                    "linestyle": "-" if number < len(COLOURS) else "--",
+                    "marker": MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+                }
+                axis.plot(bits, perplexities, markersize=3.5, lw=0.9, label=method, **look)
+            reference = math.exp(original.nll)
+            axis.axhline(reference, color=MUTED, linewidth=0.8)
+            axis.set(title=f"{model}, {text}", xlabel="stored bits per weight", ylabel="perplexity")
+            axis.set(ylim=(0.95 * reference, 1.3 * reference), xlim=(1.5, 5.0))
+        axes[0].legend(ncols=2)
+        save(figure, path)
 
 
 def main() -> None:
