@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from spectool.cli.bench_tables import chain_table, comparison_table, drafter_table
+from spectool.cli.bench_tables import (
+    chain_table,
+    comparison_table,
+    depth_table,
+    drafter_table,
+    protocol_table,
+    replay_table,
+)
 from spectool.cli.certify import certify
 from spectool.cli.common import Output, describe_kv, open_runner, prepare_torch, read_prompts
 from spectool.decode.options import RunnerOptions, SamplingParams, VerifyOptions
@@ -20,12 +27,23 @@ if TYPE_CHECKING:
     from spectool.evaluate.bench import Run
 
 
+# Options of measuring speed.
+_MEASURES = ("reference", "baselines", "protocol", "by_depth", "chain_lengths", "plot")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions(Config):
     """Options of the comparison: the drafters, their baselines, and the prompts."""
 
-    prompts: str = option(
-        ..., "File of prompts: .txt (one per line) or .jsonl (prompt, turns or messages)"
+    prompts: str | None = option(
+        None,
+        "File of prompts, .txt (one per line) or .jsonl (prompt, turns or messages), or "
+        "hub:DATASET",
+    )
+    protocol: Literal["spec-bench", "speed-bench"] | None = option(
+        None,
+        "Measure as a published benchmark does, on its data as --prompts: every turn of a "
+        "question, nothing cut, its own averages",
     )
     draft: tuple[str, ...] = option(
         (),
@@ -46,15 +64,31 @@ class BenchOptions(Config):
     per_category: int | None = option(
         None, "Use only the first N prompts of each category, after --limit", minimum=1
     )
-    max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
+    max_new_tokens: int | None = option(
+        None,
+        "Maximum number of new tokens per prompt, or per turn of a protocol; default: 128, of "
+        "spec-bench 1024, of speed-bench 4096",
+        minimum=1,
+    )
     batch_size: tuple[int, ...] = option(
         (1,), "Number of prompts decoded together; a list such as 1,4,16 runs each", minimum=1
+    )
+    by_depth: bool = option(
+        False, "Also print the share of drafts accepted at each depth", switch=True
     )
     chain_lengths: int = option(
         0,
         "Also measure drafts cut to chains of 1 to N tokens, as most servers verify",
         minimum=0,
         maximum=16,
+    )
+    replay: tuple[str, ...] = option(
+        (),
+        "Run no model: predict the acceptance of this drafter on MODEL, here a file of eval "
+        "--save-reference, along its text; repeatable",
+    )
+    prompt_tokens: int = option(
+        32, "Tokens at the beginning of each window of --replay that are its prompt", minimum=1
     )
     plot: Path | None = option(
         None, "Chart of the speed-ups to write: a .png or .svg file", written=True
@@ -73,13 +107,22 @@ class BenchOptions(Config):
     def validate(self) -> None:
         if not self.batch_size:
             raise UsageError("--batch-size : expected positive numbers, as 4 or 1,4,16")
+        if self.replay:
+            for name in ("prompts", "draft", "certify", *_MEASURES):
+                if getattr(self, name):
+                    flag = name.replace("_", "-")
+                    raise UsageError(f"--replay runs no model; leave --{flag} out")
+        elif self.prompts is None:
+            raise UsageError("no prompts", hint="--prompts FILE, with texts like those to continue")
         if self.certify is None and self.attach:
             raise UsageError("--attach needs --certify FILE")
         if self.certify is not None:
-            for name in ("reference", "baselines", "chain_lengths", "plot"):
+            for name in _MEASURES:
                 if getattr(self, name):
                     flag = name.replace("_", "-")
                     raise UsageError(f"--certify measures no speed; leave --{flag} out")
+        if self.protocol is not None and self.chain_lengths:
+            raise UsageError("--chain-lengths measures first turns alone; leave --protocol out")
 
 
 def bench(
@@ -92,6 +135,9 @@ def bench(
 ) -> None:
     """Measure drafters against plain decoding and check that the output stays the same."""
     prepare_torch(load.threads)
+    if options.replay:
+        _replay(output, options, sampling, load)
+        return
     if options.certify is not None:
         certify(output, options, text, verification, sampling, load)
         return
@@ -112,10 +158,16 @@ def bench(
         if len(runs) > num_sizes:
             output.show(f"{same_model[0].model}: {same_model[0].runtime}")
         output.show(drafter_table(same_model))
+        output.show(same_model[0].definitions["tokens_per_forward"])
+        if options.protocol is not None:
+            output.show(protocol_table(same_model))
+            output.show(same_model[0].definitions["scores"])
         for run in same_model:
-            output.show(_describe_cuts(run))
             if options.chain_lengths:
                 output.show(chain_table(run, options.chain_lengths))
+            if options.by_depth:
+                output.show(depth_table(run))
+            output.show(_describe_cuts(run))
     if len(runs) > num_sizes:
         output.show(comparison_table(runs))
     if options.plot is not None:
@@ -128,6 +180,28 @@ def bench(
         raise typer.Exit(1)
 
 
+def _replay(
+    output: Output, options: BenchOptions, sampling: SamplingParams, load: RunnerOptions
+) -> None:
+    """Predict the acceptance of drafters from a stored reference."""
+    from spectool.evaluate.replay import replay
+    from spectool.evaluate.results import as_json
+
+    found = replay(
+        Path(load.model), options.replay, sampling=sampling, prompt_tokens=options.prompt_tokens
+    )
+    output.show(replay_table(found))
+    output.show(found.definitions["tokens_per_forward"])
+    output.show(
+        f"{found.tokens} tokens after {found.windows} prompts of {found.prompt_tokens}; the model "
+        f"prefers {found.greedy_share:.1%} of them"
+    )
+    for each in found.predictions:
+        if each.note is not None:
+            output.show(f"{each.drafter}: approximate; {each.note}")
+    output.result(as_json(found))
+
+
 def _run(
     output: Output,
     options: BenchOptions,
@@ -138,20 +212,24 @@ def _run(
 ) -> list[Run]:
     """Measure one model at each batch size. It is free again before the next one is loaded."""
     from spectool.evaluate import bench as bench_module
+    from spectool.evaluate.speed_protocols import most_new_tokens
 
     runner, tokenizer = open_runner(output, target, seq2seq=True)
+    assert options.prompts is not None
     inputs = read_prompts(
         output,
         options.prompts,
         tokenizer,
         text,
+        in_turns=options.protocol is not None,
         limit=options.limit,
         per_category=options.per_category,
     )
     runs = []
     how = bench_module.Options(
         drafts=options.draft,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens or most_new_tokens(options.protocol),
+        protocol=options.protocol,
         baselines=options.baselines,
         sampling=sampling,
         verification=verification,
@@ -173,6 +251,10 @@ def _describe_cuts(run: Run) -> str:
         f"{run.kept_share:.0%} of the plain output kept: {run.prompts_cut} of "
         f"{run.prompts} prompts cut where it began to repeat itself"
     )
+    if run.protocol is not None:
+        line = f"{run.turns} turns of {run.prompts} questions, nothing cut"
+        if run.turns_left_out:
+            line += f"; turns left out as too long for the context: {run.turns_left_out}"
     if run.prompts_left_out:
         line += f"; left out as too long for the context: {run.prompts_left_out}"
     return line

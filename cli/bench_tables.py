@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectool.evaluate.bench import Row, Run
     from spectool.evaluate.certificate import Certificate
+    from spectool.evaluate.intervals import Interval
+    from spectool.evaluate.replay import Replay
 
 
 def drafter_table(runs: Sequence[Run]) -> Any:
@@ -55,6 +57,58 @@ def chain_table(run: Run, deepest: int) -> Any:
     for row in run.drafters:
         table.add_row(row.name, *(f"{rate:.2f}" for rate in row.chain or ()))
     return _fit_width(table)
+
+
+def depth_table(run: Run) -> Any:
+    """Build the table of each drafter's share of accepted drafts, with a column per depth."""
+    deepest = max((len(row.acceptance_by_depth) for row in run.drafters), default=0)
+    table = _empty_table("drafter", *(f"depth {depth}" for depth in range(1, deepest + 1)))
+    for row in run.drafters:
+        table.add_row(row.name, *(f"{share:.1%}" for share in row.acceptance_by_depth))
+    return _fit_width(table)
+
+
+def protocol_table(runs: Sequence[Run]) -> Any:
+    """Build the table of a protocol's own figures, with a row per size, category and drafter."""
+    several = len(runs) > 1
+    table = _empty_table(
+        *["batch"] * several, "category", "drafter", "tok/s", "speed-up", "accepted length"
+    )
+    for run in runs:
+        parts = [*run.categories, run] if len(run.categories) > 1 else [run]
+        for part in parts:
+            for row in part.rows:
+                assert row.scores is not None
+                table.add_row(
+                    *[str(run.batch_size)] * several,
+                    part.category or "overall",
+                    row.name,
+                    f"{row.scores.tokens_per_second:.1f}",
+                    _with_bounds(row.scores.speedup),
+                    "-"
+                    if row.scores.accepted_length is None
+                    else _with_bounds(row.scores.accepted_length),
+                )
+        table.add_section()
+    return _fit_width(table)
+
+
+def replay_table(found: Replay) -> Any:
+    """Build the table of predictions, with a row per drafter."""
+    table = _empty_table("drafter", "tokens/\nforward", "along\nthe text", "accepted", "exact")
+    for each in found.predictions:
+        table.add_row(
+            each.drafter,
+            _with_bounds(each.tokens_per_forward),
+            _with_bounds(each.along_text),
+            _with_bounds(each.acceptance),
+            "yes" if each.is_exact else "no",
+        )
+    return _fit_width(table)
+
+
+def _with_bounds(figure: Interval) -> str:
+    return f"{figure.value:.2f} ({figure.lower:.2f} to {figure.upper:.2f})"
 
 
 def comparison_table(runs: Sequence[Run]) -> Any:

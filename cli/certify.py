@@ -34,9 +34,10 @@ def certify(
     from spectool.decode.prompts import encode
     from spectool.evaluate import certificate as module
     from spectool.evaluate.results import as_json
+    from spectool.evaluate.speed_protocols import most_new_tokens
     from spectool.files import replacing
 
-    assert options.certify is not None
+    assert options.certify is not None and options.prompts is not None
     if options.attach:
         find_listing(Path(load.model))
     if not options.certify.parent.is_dir():
@@ -57,7 +58,7 @@ def certify(
         module.Options(
             drafts=options.draft,
             batch_sizes=tuple(dict.fromkeys(options.batch_size)),
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=options.max_new_tokens or most_new_tokens(None),
             sampling=module.Options().sampling if sampling.greedy else sampling,
             verification=verification,
         ),

@@ -357,12 +357,19 @@ def target_record(runner: Runner) -> dict[str, Any]:
 
 
 def read_prompts(
-    output: Output, path: str, tokenizer: Any, text: TextOptions, **limits: int | None
+    output: Output,
+    path: str,
+    tokenizer: Any,
+    text: TextOptions,
+    *,
+    in_turns: bool = False,
+    **limits: int | None,
 ) -> list[Prompt]:
-    """Read the prompts of a file, and report what was read."""
+    """Read the prompts of a file, or its questions in turns, and report what was read."""
+    from spectool.data.questions import read_questions
     from spectool.data.text import read_prompts
 
-    return read_prompts(
+    return (read_questions if in_turns else read_prompts)(
         path,
         tokenizer,
         field=text.field,

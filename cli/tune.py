@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectool.cli.bench import BenchOptions
 from spectool.cli.common import Output, open_runner, read_prompts
 from spectool.decode.options import RunnerOptions
-from spectool.options import Config, option, same_option
+from spectool.options import Config, option
 from spectool.shared_options import TextOptions
 
 
@@ -17,7 +16,9 @@ class TuneOptions(Config):
     """The draft heads to tune, and the prompts to tune them on."""
 
     heads: Path = option(..., "Directory of draft heads", argument=True)
-    prompts: str = same_option(BenchOptions, "prompts")
+    prompts: str = option(
+        ..., "File of prompts: .txt (one per line) or .jsonl (prompt, turns or messages)"
+    )
     limit: int = option(8, "Use only the first N prompts", minimum=1)
     max_new_tokens: int = option(64, "Maximum number of new tokens per prompt", minimum=1)
 

@@ -228,7 +228,7 @@ class Engine:
             if found is None or found.token is None:
                 events.append(Event(request, [], "", 0, request.error))
                 continue
-            request.count([0], 0)
+            request.count([0], 0, 1)
             (text,) = request.extend([found.token])
             events.append(Event(request, [found.token], text, 0))
             if request.finish_reason is None:
@@ -319,7 +319,7 @@ class Engine:
             new.append(found.token)
         texts = request.extend(new)
         taken = len(texts)
-        request.count(draft.depths, min(taken, num_drafted))
+        request.count(draft.depths, min(taken, num_drafted), taken)
         if found.token is None and request.finish_reason is None:
             request.error = no_token_left(request)
         drafted = len("".join(texts[:num_drafted]))

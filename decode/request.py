@@ -30,9 +30,10 @@ class Request:
     `tokens` are those of the prompt and all committed ones; the last one is the pending root. An
     encoder-decoder's prompt is the `source`, and `tokens` begin with those that its decoder starts
     from.
-    `drafted` and `accepted` count nodes; `offered_at[d]` counts the steps whose draft reached
-    depth d + 1, `accepted_at[d]` those whose committed path did. `reported` counts the tokens and
-    the characters that were passed to the callback. `switch`: whose turn it is of two models.
+    `committed` has the tokens that each forward brought, the prompt's first. `drafted` and
+    `accepted` count nodes; `offered_at[d]` counts the steps whose draft reached depth d + 1,
+    `accepted_at[d]` those whose committed path did. `reported` counts the tokens and the characters
+    that were passed to the callback. `switch`: whose turn it is of two models.
     """
 
     index: int
@@ -49,7 +50,7 @@ class Request:
     id: int = -1
     num_prompt: int = field(init=False)
     finish_reason: FinishReason | None = None
-    forwards: int = 0
+    committed: list[int] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     offered_at: list[int] = field(default_factory=list)
@@ -61,6 +62,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
+
+    @property
+    def forwards(self) -> int:
+        """Return the number of passes of the target so far, the prompt's included."""
+        return len(self.committed)
 
     @property
     def new_tokens(self) -> list[int]:
@@ -159,9 +165,9 @@ class Request:
         text = "" if self.text is None else self.text.text
         return self.new_tokens[self.reported[0] :], text[self.reported[1] :]
 
-    def count(self, depths: list[int], num_accepted: int) -> None:
-        """Count one step: the depths of its draft's nodes and how many were committed."""
-        self.forwards += 1
+    def count(self, depths: list[int], num_accepted: int, committed: int) -> None:
+        """Count one step: its draft's depths, the nodes accepted, and all tokens committed."""
+        self.committed.append(committed)
         deepest = max(depths)
         missing = deepest - len(self.offered_at)
         self.offered_at += [0] * missing

@@ -43,9 +43,9 @@ class Result:
 
     `token_ids` are the new tokens, with an end-of-text token and the token that completed a stop
     string; `text` is cut before either and continues the prompt as written. `forwards` counts
-    passes of the target, the prompt's included: one per token in plain decoding. `offered_at[d]`
-    counts the steps that drafted d + 1 tokens deep, `accepted_at[d]` those that committed as deep.
-    `turns`: where two models wrote the text.
+    passes of the target, the prompt's included: one per token in plain decoding; `committed` are
+    the tokens of each. `offered_at[d]` counts the steps that drafted d + 1 tokens deep,
+    `accepted_at[d]` those that committed as deep. `turns`: where two models wrote the text.
     """
 
     token_ids: list[int]
@@ -54,6 +54,7 @@ class Result:
     forwards: int
     drafted: int
     accepted: int
+    committed: list[int] = field(default_factory=list)
     offered_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     lossless: bool = True
@@ -70,6 +71,7 @@ class Result:
             forwards=request.forwards,
             drafted=request.drafted,
             accepted=request.accepted,
+            committed=request.committed,
             offered_at=request.offered_at,
             accepted_at=request.accepted_at,
             lossless=request.verification.lossless,

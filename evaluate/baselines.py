@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter
@@ -30,12 +31,21 @@ _LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """A prompt to decode: up to `limit` new tokens; `ends` are end tokens besides the model's."""
+    """A prompt to decode: up to `limit` new tokens; `ends` are end tokens besides the model's.
+
+    `prompt` is what it was made from, which knows the turns that follow.
+    """
 
     tokens: Sequence[int]
     limit: int
     ends: Collection[int] = ()
     category: str | None = None
+    prompt: Prompt | None = None
+
+    @property
+    def num_turns(self) -> int:
+        """Return the number of turns from this one on."""
+        return 1 if self.prompt is None else self.prompt.num_turns
 
 
 Decode = Callable[[Sequence[Job]], list[Result]]

@@ -4,18 +4,17 @@ Plain decoding runs first and sets each prompt's limit: output is cut where it s
 itself, since any drafter is fast inside a loop. Then plain decoding, every drafter and, on request,
 transformers' `generate` are timed in one process with the same prompts and limits. They alternate
 on every batch of prompts, so that changes of the machine's speed affect all of them alike.
+
+By a protocol (`speed_protocols.py`) nothing is cut, and each contender answers every turn of a
+question after its own answers to the turns before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import torch
 
 from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
@@ -25,8 +24,10 @@ from spectool.decode.prompts import encode
 from spectool.decode.protocol import Drafter
 from spectool.decode.result import Result, loop_start
 from spectool.errors import UsageError
-from spectool.evaluate import baselines
+from spectool.evaluate import baselines, speed_protocols
 from spectool.evaluate.baselines import Decode, Job
+from spectool.evaluate.speed_protocols import Asked, Scores
+from spectool.evaluate.turns import LEAST_ROOM, Timed, add_times, make_job, time_batch
 from spectool.model.kernels import precision_of
 from spectool.model.loading import describe_runtime
 from spectool.report import (
@@ -39,10 +40,12 @@ from spectool.report import (
     Timing,
 )
 
-# A prompt is left out if the context has room for fewer new tokens than this, or than requested.
-LEAST_ROOM = 16
 # Category of prompts without one in a file with categories.
 NO_CATEGORY = "other"
+TOKENS_PER_FORWARD = (
+    "tokens per forward: new tokens, the first and each token that the model adds included, by "
+    "passes of the model, prefills included; plain decoding has 1"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,7 @@ class Options:
 
     With `chain_lengths` N, each drafter's `chain` lists its tokens per forward when only the first
     path of its trees is verified, cut to 1, 2, ..., N tokens. `baselines`: also run transformers'
-    `generate`, at batch size 1 only.
+    `generate`, at batch size 1 only. `protocol`: the name of one of `speed_protocols.PROTOCOLS`.
     """
 
     drafts: Sequence[str] = ()
@@ -61,6 +64,7 @@ class Options:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     verification: VerifyOptions = field(default_factory=VerifyOptions)
     chain_lengths: int = 0
+    protocol: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +72,10 @@ class Row:
     """One way to decode, measured on some prompts.
 
     `identical` counts prompts with the same tokens as plain decoding; it is None for plain decoding
-    itself and when sampling, which promises equal distributions rather than equal tokens. The
-    shares are those of the seconds; `step_speedup` excludes the prefill, which drafting cannot
-    shorten; these are None for the baselines.
+    itself and when sampling, which promises equal distributions rather than equal tokens.
+    `acceptance_by_depth[d]`: of the steps that drafted d + 1 tokens deep, the share that accepted
+    as deep. `scores` are those of a protocol. The shares are those of the seconds; `step_speedup`
+    excludes the prefill, which drafting cannot shorten; these are None for the baselines.
     """
 
     name: str
@@ -85,6 +90,8 @@ class Row:
     lossless: bool
     speedup: float
     identical: int | None
+    acceptance_by_depth: list[float] = field(default_factory=list)
+    scores: Scores | None = None
     prompt_share: float | None = None
     draft_share: float | None = None
     target_share: float | None = None
@@ -112,13 +119,21 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(Part):
-    """A comparison on all prompts, which is the sum of its categories."""
+    """A comparison on all prompts, which is the sum of its categories.
+
+    `turns`: answers that plain decoding gave, `turns_left_out` of which the context had no room.
+    `definitions`: what the figures of several meanings mean here.
+    """
 
     model: str
     runtime: str
+    protocol: str | None = None
+    definitions: dict[str, str]
     categories: list[Part]
     prompts: int
     prompts_left_out: int
+    turns: int
+    turns_left_out: int
     batch_size: int
     dtype: str
     activations: str
@@ -126,38 +141,6 @@ class Run(Part):
     kv_bytes_per_token: int | None
     kept_share: float
     prompts_cut: int
-
-
-class Timed(NamedTuple):
-    """Results of some prompts, and the seconds in all and by part, as the runner measured them."""
-
-    results: list[Result]
-    seconds: float
-    draft: float
-    prompt: float
-    target: float
-
-    def count(self, name: str) -> int:
-        """Return the sum of a number of the results."""
-        return sum(int(getattr(result, name)) for result in self.results)
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(len(result.token_ids) for result in self.results)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds
-
-    @property
-    def tokens_per_forward(self) -> float:
-        return self.new_tokens / max(1, self.count("forwards"))
-
-    @property
-    def step_speed(self) -> float:
-        """Tokens per second without the prefill and the first token, which prefill yields."""
-        # At least 1, in case every output has a single token.
-        return max(self.new_tokens - len(self.results), 1) / (self.seconds - self.prompt)
 
 
 def bench(
@@ -172,24 +155,27 @@ def bench(
     Raises:
         UsageError: an option is invalid, or no prompt fits in the context.
     """
+    if options.protocol is not None:
+        speed_protocols.check_sampling(options.protocol, options.sampling)
     # Opened and checked before any forward, so that an invalid drafter or rule fails at once.
     drafters = [runner.open(draft) for draft in options.drafts]
     for drafter in drafters:
         rule, lossy = options.verification.verify, options.verification.lossy
         runner.verification(drafter, options.sampling, verify=rule, lossy=lossy)
     jobs = [
-        Job(tokens=tokens, limit=options.max_new_tokens, ends=prompt.ends, category=prompt.category)
+        make_job(prompt, tokens, options.max_new_tokens)
         for prompt, tokens in select_fitting(runner, prompts, options.max_new_tokens, reporter)
     ]
     # The same batches for all, since a sampled text depends on its row in the batch.
     batches = _make_batches(jobs, options.batch_size)
     plain = _make_decoder(runner, runner.open(None), _as_plain(options))
-    reporter.event(PlainDecoding(len(jobs)))
     lengths = []
-    for batch in itertools.chain(*batches.values()):
-        for job, result in zip(batch, plain(batch), strict=True):
-            job.limit = max(1, loop_start(result.token_ids))
-            lengths.append((len(result.token_ids), job.limit))
+    if options.protocol is None:
+        reporter.event(PlainDecoding(len(jobs)))
+        for batch in itertools.chain(*batches.values()):
+            for job, result in zip(batch, plain(batch), strict=True):
+                job.limit = max(1, loop_start(result.token_ids))
+                lengths.append((len(result.token_ids), job.limit))
     contenders = [("none", plain), *_open_contenders(runner, drafters, options, reporter)]
     for _, decode in contenders[1:]:
         # Warm-up: the first prompt allocates buffers, and is not timed.
@@ -197,15 +183,21 @@ def bench(
     timed = {
         name: _time(runner, contenders, each, name, reporter) for name, each in batches.items()
     }
-    names, greedy = [name for name, _ in contenders], options.sampling.greedy
+    names = [name for name, _ in contenders]
     parts = [
-        _compare(names, each, len(drafters), greedy, name) for name, each in timed.items() if name
+        _compare(names, each, len(drafters), options, name) for name, each in timed.items() if name
     ]
-    sums = [_sum(each) for each in zip(*timed.values(), strict=True)]
-    whole = _compare(names, sums, len(drafters), greedy)
+    joined = [list(itertools.chain(*each)) for each in zip(*timed.values(), strict=True)]
+    whole = _compare(names, joined, len(drafters), options)
+    turns, answered = sum(job.num_turns for job in jobs), sum(len(t.results) for t in joined[0])
+    definitions = {"tokens_per_forward": TOKENS_PER_FORWARD}
+    if options.protocol is not None:
+        definitions["scores"] = speed_protocols.PROTOCOLS[options.protocol].definition
     return Run(
         model=runner.target.model.config._name_or_path,
         runtime=describe_runtime(runner.target.model),
+        protocol=options.protocol,
+        definitions=definitions,
         baseline=whole.baseline,
         drafters=[
             _add_chain(row, runner, drafter, jobs, options, reporter)
@@ -215,12 +207,16 @@ def bench(
         categories=parts,
         prompts=len(jobs),
         prompts_left_out=len(prompts) - len(jobs),
+        turns=answered,
+        turns_left_out=turns - answered,
         batch_size=options.batch_size,
         dtype=str(runner.target.model.dtype).removeprefix("torch."),
         activations=precision_of(runner.target.model),
         kv=runner.target.kv,
         kv_bytes_per_token=runner.target.kv_bytes_per_token,
-        kept_share=sum(map(min, lengths)) / sum(length for length, _ in lengths),
+        kept_share=sum(map(min, lengths)) / sum(length for length, _ in lengths)
+        if lengths
+        else 1.0,
         prompts_cut=sum(limit < length for length, limit in lengths),
     )
 
@@ -307,48 +303,40 @@ def _time(
     batches: Sequence[Sequence[Job]],
     category: str | None,
     reporter: Reporter,
-) -> list[Timed]:
-    """Time all contenders on the batches of a category, in turns."""
+) -> list[list[Timed]]:
+    """Time all contenders on each batch of a category, in turns."""
     timed: list[list[Timed]] = [[] for _ in contenders]
     for batch in batches:
         for (_, decode), done in zip(contenders, timed, strict=True):
-            before = dataclasses.replace(runner.timings)
-            start = time.perf_counter()
-            results = decode(batch)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            done.append(
-                Timed(
-                    results,
-                    time.perf_counter() - start,
-                    runner.timings.draft - before.draft,
-                    runner.timings.prompt - before.prompt,
-                    runner.timings.target - before.target,
-                )
-            )
-    sums = [_sum(parts) for parts in timed]
-    for (name, _), whole in zip(contenders, sums, strict=True):
+            done.append(time_batch(runner, decode, batch))
+    for (name, _), each in zip(contenders, timed, strict=True):
+        whole = add_times(each)
         speed = whole.tokens_per_second, whole.tokens_per_forward
         reporter.event(Timing(name, category, *speed))
-    return sums
-
-
-def _sum(parts: Sequence[Timed]) -> Timed:
-    results, *seconds = zip(*parts, strict=True)
-    return Timed(list(itertools.chain(*results)), *map(sum, seconds))
+    return timed
 
 
 def _compare(
     names: Sequence[str],
-    timed: Sequence[Timed],
+    batches: Sequence[Sequence[Timed]],
     num_drafters: int,
-    greedy: bool,
+    options: Options,
     category: str | None = None,
 ) -> Part:
-    """Compute the metrics of plain decoding, the drafters and the baselines, in this order."""
+    """Compute the metrics of plain decoding, the drafters and the baselines, in this order.
+
+    `batches` has the times of each of them, batch by batch.
+    """
+    timed, greedy = [add_times(each) for each in batches], options.sampling.greedy
     rows = [
         _make_row(name, each, timed[0], greedy) for name, each in zip(names, timed, strict=True)
     ]
+    if options.protocol is not None:
+        asked = [[Asked(part.answers, part.seconds) for part in each] for each in batches]
+        rows = [
+            dataclasses.replace(row, scores=speed_protocols.score(options.protocol, each, asked[0]))
+            for row, each in zip(rows, asked, strict=True)
+        ]
     rows, others = rows[: 1 + num_drafters], rows[1 + num_drafters :]
     speeds = {row.name: row.tokens_per_second for row in others}
 
@@ -373,11 +361,11 @@ def _compare(
 
 
 def _make_row(name: str, timed: Timed, plain: Timed, greedy: bool) -> Row:
-    pairs = zip(timed.results, plain.results, strict=True)
-    same = sum(result.token_ids == other.token_ids for result, other in pairs)
+    pairs = zip(timed.answers, plain.answers, strict=True)
+    same = sum(_list_tokens(ours) == _list_tokens(theirs) for ours, theirs in pairs)
     return Row(
         name=name,
-        prompts=len(timed.results),
+        prompts=len(timed.answers),
         new_tokens=timed.new_tokens,
         forwards=timed.count("forwards"),
         drafted=timed.count("drafted"),
@@ -388,7 +376,21 @@ def _make_row(name: str, timed: Timed, plain: Timed, greedy: bool) -> Row:
         lossless=all(result.lossless for result in timed.results),
         speedup=timed.tokens_per_second / plain.tokens_per_second,
         identical=same if greedy and timed is not plain else None,
+        acceptance_by_depth=_acceptance_by_depth(timed.results),
     )
+
+
+def _list_tokens(answers: Sequence[Result]) -> list[list[int]]:
+    return [result.token_ids for result in answers]
+
+
+def _acceptance_by_depth(results: Sequence[Result]) -> list[float]:
+    """Return, for each depth from 1 on, the share of accepted among the steps offered as deep."""
+    offered, accepted = (
+        [sum(each) for each in itertools.zip_longest(*counts, fillvalue=0)]
+        for counts in ([r.offered_at for r in results], [r.accepted_at for r in results])
+    )
+    return [taken / given for taken, given in zip(accepted, offered, strict=True)]
 
 
 def _add_chain(

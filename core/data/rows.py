@@ -419,4 +419,6 @@ def _category(record: Mapping[str, Any]) -> str | None:
     category = record.get("category")
     if not isinstance(category, str):
         return None
-    return CONVERSATION if "turns" in record and category in MT_BENCH else category
+    # SPEED-Bench has categories of these names of its own; its rows have a `sub_category` too.
+    is_mt_bench = "turns" in record and "sub_category" not in record and category in MT_BENCH
+    return CONVERSATION if is_mt_bench else category

@@ -12,7 +12,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -77,13 +77,16 @@ class Prompt:
     """A prompt: a text, or the token ids of a conversation rendered by the chat template.
 
     `ends`: tokens that end an answer in addition to the model's end of text: the template's end of
-    turn. `answer`: the answer that the row ended with, if any.
+    turn. `answer`: the answer that the row ended with, if any. `follow`, of a question with
+    `num_turns` turns from this one on, makes the next one's prompt from the answer's text.
     """
 
     given: str | list[int]
     category: str | None = None
     ends: frozenset[int] = frozenset()
     answer: str = ""
+    num_turns: int = 1
+    follow: Callable[[str], Prompt] | None = None
 
 
 def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -> Iterator[Row]:
@@ -222,13 +225,10 @@ def read_prompts(
         TextError: as `read_rows`; or the file holds no prompt.
     """
     result: list[Prompt] = []
-    seen: Counter[str | None] = Counter()
     ends: frozenset[int] | None = None
     reading = Reading(source, prompts=True)
-    for row in itertools.islice(read_rows(source, field=field, prompts=True), limit):
-        seen[row.category] += 1
-        if per_category is not None and seen[row.category] > per_category:
-            continue
+    rows = read_rows(source, field=field, prompts=True)
+    for row in select_rows(rows, limit=limit, per_category=per_category):
         row = join_without_template(row, tokenizer)
         answer = row.read_answer()
         if row.text is not None or not set(ENDING).intersection(template or ()):
@@ -247,6 +247,17 @@ def read_prompts(
         raise TextError(f"{source}: holds no prompt")
     reporter.event(reading)
     return result
+
+
+def select_rows(
+    rows: Iterable[Row], *, limit: int | None, per_category: int | None
+) -> Iterator[Row]:
+    """Yield the first `limit` rows, of these the first `per_category` of each category."""
+    seen: Counter[str | None] = Counter()
+    for row in itertools.islice(rows, limit):
+        seen[row.category] += 1
+        if per_category is None or seen[row.category] <= per_category:
+            yield row
 
 
 def join_without_template(row: Row, tokenizer: Any) -> Row:

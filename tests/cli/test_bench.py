@@ -81,6 +81,55 @@ def test_each_batch_size_is_a_run(
     assert people.code == 0 and "batch" in people.out and "of the reference" in people.out
 
 
+def test_a_protocol_has_a_table_of_its_own(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    rows = [{"turns": ["import os", "def run("], "category": "writing"},
+            {"turns": ["from pathlib"], "category": "qa"}]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    words = ["bench", checkpoint("llama"), "--prompts", path, "--protocol", "spec-bench"]
+    refused = spectool(*words, "--draft", "ngram")
+    assert refused.code == 2 and "no chat template" in refused.err
+    words += ["--field", "turns", "--draft", "ngram", "--max-new-tokens", 8]
+    done = spectool(*words, "--by-depth", "--batch-size", "1,2")
+    assert done.code == 0, done.err
+    table = [" ".join(line.split()) for line in done.out.splitlines()]
+    for name in ("conversation", "qa", "overall"):
+        assert sum(f" {name} ngram " in line for line in table) >= 2, name
+    assert "tokens per forward: new tokens" in done.out and "3 turns of 2 questions" in done.out
+    assert "accepted length: tokens a step, mean over all steps" in done.out
+    assert any("drafter depth 1" in line for line in table)
+    found = spectool(*words, "--json").json
+    assert found["protocol"] == "spec-bench" and found["turns"] == 3
+    row = found["drafters"][0]
+    assert row["scores"]["speedup"].keys() == {"value", "lower", "upper"}
+    assert row["acceptance_by_depth"] and "tokens_per_forward" in found["definitions"]
+    greedy = spectool(*words, "--temperature", 0.5)
+    assert greedy.code == 2 and "decodes greedily" in greedy.err
+
+
+def test_a_stored_reference_predicts_acceptance(
+    spectool: Spectool, checkpoint: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    stored = tmp_path / "stored"
+    words = ["eval", checkpoint("llama"), "--text", text, "--window", 64, "--limit", 900]
+    assert spectool(*words, "--save-reference", stored, "--measure", "perplexity").code == 0
+    draft = f"{checkpoint('llama', seed=1)}:depth=2"
+    words = ["bench", stored, "--replay", "ngram", "--replay", draft]
+    found = spectool(*words, "--prompt-tokens", 8, "--json")
+    assert found.code == 0, found.err
+    names = [each["drafter"] for each in found.json["predictions"]]
+    assert names == ["ngram", draft] and found.json["prompt_tokens"] == 8
+    sampled = spectool(*words, "--temperature", 1)
+    assert sampled.code == 0 and "the model prefers" in sampled.out
+    assert "predicted new tokens by passes" in sampled.out
+    refused = spectool(*words, "--prompts", text)
+    assert refused.code == 2 and "leave --prompts out" in refused.err
+    missing = spectool("bench", checkpoint("llama"), "--draft", "ngram")
+    assert missing.code == 2 and "--prompts FILE" in missing.err
+
+
 @pytest.mark.parametrize("sizes", ["", "0", "1,,4", "1,x", "-1", "2.5", "1;4"])
 def test_batch_sizes_that_are_none(
     sizes: str, spectool: Spectool, checkpoint: Checkpoint, prompts: Path

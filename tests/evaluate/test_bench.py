@@ -15,7 +15,7 @@ from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.errors import UsageError
-from spectool.evaluate import bench as bench_module
+from spectool.evaluate import turns
 from spectool.evaluate.bench import Options, bench, loop_start
 from spectool.evaluate.measures.losslessness import list_mismatches
 from spectool.evaluate.results import as_json
@@ -115,7 +115,7 @@ def test_time_is_split_and_compared_with_peers(
 
         return lasts
 
-    for module in (bench_module, engine):
+    for module in (turns, engine):
         monkeypatch.setattr(module, "time", clock)
     request.addfinalizer(
         model.register_forward_pre_hook(lasting(8, lambda module, given: None)).remove
