@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from spectool.distill.train_heads import HeadsReport
     from spectool.distill.train_judge import JudgeJob, JudgePlan, JudgeReport
     from spectool.distill.train_weights import WeightsJob, WeightsPlan
+    from spectool.distill.training_data import DataPreparation
+    from spectool.evaluate.intervals import Interval
 
 RESUME = "run the same command to resume from the last stored state"
 
@@ -63,13 +65,37 @@ class HeadsOutput(WriteOptions):
             output.say(f"picture: {self.plot}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsTraining(HeadsOutput):
+    """Options of what a training of draft heads writes, or would."""
+
+    PANEL: ClassVar = "Output"
+
+    dry_run: bool = option(
+        False,
+        "Show the plan and, from --trained, the acceptance to expect; write nothing",
+        switch=True,
+    )
+    trained: tuple[str, ...] = option(
+        (),
+        "Finished draft heads of MODEL, or a folder of them, that --dry-run predicts from; "
+        "repeatable",
+    )
+
+    def validate(self) -> None:
+        """Check what involves more than one option."""
+        HeadsOutput.validate(self)
+        if self.trained and not self.dry_run:
+            raise UsageError("--trained is what --dry-run predicts from", hint="--dry-run")
+
+
 def train_heads(
     output: Output,
     method: str,
     config: Config,
     options: HeadsOptions,
     load: LoadOptions,
-    write: HeadsOutput,
+    write: HeadsTraining,
 ) -> None:
     """Train draft heads for MODEL and write them to the directory OUT."""
     prepare_torch(load.threads)
@@ -84,6 +110,20 @@ def train_heads(
     job = HeadsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, job, plan)
     device = load.resolve_device()
+    if write.dry_run:
+        prepared = training.prepare_heads(
+            load.open(),
+            write.out,
+            job,
+            dtype=parse_dtype(load.dtype),
+            device=device,
+            runtime=load.runtime,
+            activations=load.activations,
+            overwrite=write.overwrite,
+            reporter=output,
+        )
+        _finish_dry_run(output, write, prepared)
+        return
     output.resume = RESUME
     with connect(device) as processes:
         with processes.together():
@@ -104,6 +144,55 @@ def train_heads(
         if processes.first:
             write.draw(output)
         _finish(output, write.out, report)
+
+
+def _finish_dry_run(output: Output, write: HeadsTraining, prepared: DataPreparation) -> None:
+    """Print what the planned training can be expected to reach."""
+    from spectool.evaluate.forecast import forecast, read_finished
+    from spectool.evaluate.results import as_json
+
+    job, plan = prepared.job, prepared.plan
+    options = job.config.as_dict()
+    finished = read_finished(list(map(Path, write.trained)), job.method, options, prepared.identity)
+    found = forecast(finished, plan.tokens)
+    if found.tokens_per_forward is None or found.accuracy is None:
+        output.show(f"expected acceptance: not known; {found.reason}")
+        if not finished:
+            output.say(
+                "hint: finish a few short trainings, with three or more values of --steps, and "
+                "give their heads by --trained"
+            )
+    else:
+        reach = found.tokens / found.largest
+        output.show(
+            f"expected: {_between(found.tokens_per_forward)} tokens per forward with the default "
+            f"tree, first guess right {_between(found.accuracy, percent=True)}"
+        )
+        output.show(
+            f"from {found.trainings} finished trainings; this one reads {reach:.1f} times the "
+            "tokens of the largest"
+        )
+    if job.regenerate:
+        output.show("the texts to be generated may be shorter or longer than those given")
+    output.result(
+        {
+            "dry_run": True,
+            "method": job.method,
+            "parameters": plan.parameters,
+            "steps": plan.steps,
+            "memory_bytes": plan.memory_bytes,
+            "disk_bytes": plan.disk_bytes,
+            "forecast": as_json(found),
+        }
+    )
+
+
+def _between(figure: Interval, *, percent: bool = False) -> str:
+    value, lower, upper = (
+        f"{each:.1%}" if percent else f"{each:.2f}"
+        for each in (figure.value, figure.lower, figure.upper)
+    )
+    return f"{value} ({lower} to {upper})"
 
 
 def _show_plan(output: Output, job: HeadsJob, plan: HeadsPlan) -> None:

@@ -62,6 +62,7 @@ class HeadsPlan:
 
     `disk_bytes`: stored features. `needs`: features that the heads read. `seq_len`: maximum tokens
     of a text, bounded by the model's context. `loss_tokens`: training tokens that are in the loss.
+    `tokens`: those that all steps read, of the texts as given.
     """
 
     parameters: int
@@ -72,6 +73,7 @@ class HeadsPlan:
     loss_tokens: int
     held_out: int
     steps: int
+    tokens: int
     seq_len: int
     needs: Needs
 
@@ -150,6 +152,7 @@ def make_plan(
         num_tokens = setup.seq_len * len(generated) + sum(len(s.tokens) for s in kept)
         disk_bytes = num_tokens * token_bytes(heads.needs, width, setup.dtype)
         _check_disk(disk_bytes, path)
+    batches = make_batches(train, job, setup.seq_len)
     return HeadsPlan(
         parameters=parameters,
         file_bytes=parameters * checkpoint_dtype(setup.checkpoint.layout).itemsize,
@@ -158,7 +161,8 @@ def make_plan(
         samples=len(train),
         loss_tokens=sum(sum(sample.loss_mask) for sample in train),
         held_out=len(held_out),
-        steps=len(make_batches(train, job, setup.seq_len)),
+        steps=len(batches),
+        tokens=count_tokens(train, batches),
         seq_len=setup.seq_len,
         needs=heads.needs,
     )
@@ -206,6 +210,11 @@ def make_batches(samples: Sequence[Sample], job: HeadsJob, seq_len: int) -> list
     if job.sequence_packing:
         return pack_sequences(samples, width=seq_len, **options)
     return [[[index] for index in batch] for batch in batches(samples, **options)]
+
+
+def count_tokens(samples: Sequence[Sample], batches: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Count the tokens of the texts that the steps of a training read, without padding."""
+    return sum(len(samples[index].tokens) for rows in batches for row in rows for index in row)
 
 
 def make_identity(

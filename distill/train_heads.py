@@ -120,6 +120,27 @@ def train_heads(
     )
 
 
+def prepare_heads(
+    checkpoint: Checkpoint,
+    out: Path,
+    job: HeadsJob,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    runtime: str = "auto",
+    activations: str = "auto",
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> DataPreparation:
+    """Plan a training as `train_heads` would, check that it can run, and write nothing.
+
+    Raises:
+        InputError: checkpoint, data or options are unusable, or `out` cannot be written.
+    """
+    setup = _setup(checkpoint, job, dtype, check_device(device), runtime, activations)
+    return _prepare(setup, job, out, overwrite, ALONE, reporter)
+
+
 def _prepare(
     setup: Setup,
     job: HeadsJob,
@@ -174,6 +195,7 @@ def _prepare(
     preparation = DataPreparation(
         job=job,
         setup=setup,
+        plan=plan,
         train=train,
         held_out=held_out,
         needs=plan.needs,

@@ -39,7 +39,7 @@ from spectool.distill.data.samples import SHORTEST, Sample
 from spectool.distill.data.server import Server, rewrite
 from spectool.distill.data.store import finish_store
 from spectool.distill.data.texts import GroupWriter, as_samples, as_tensors
-from spectool.distill.plan import HeadsJob, Setup
+from spectool.distill.plan import HeadsJob, HeadsPlan, Setup
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
 from spectool.errors import TextError
@@ -73,6 +73,7 @@ class DataPreparation:
 
     job: HeadsJob
     setup: Setup
+    plan: HeadsPlan
     train: Sequence[Sample]
     held_out: Sequence[Sample]
     needs: Needs

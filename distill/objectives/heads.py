@@ -19,7 +19,7 @@ from spectool.decode.tree import best_paths
 from spectool.distill.data.texts import chunk
 from spectool.distill.losses import HeadLoss, compute_loss, rank_labels, top_tokens
 from spectool.distill.objective import Objective, seeded
-from spectool.distill.plan import make_batches
+from spectool.distill.plan import count_tokens, make_batches
 from spectool.distill.training_data import GENERATED_TOGETHER, DataPreparation, TrainingData
 from spectool.methods import import_method
 from spectool.model.loading import checkpoint_dtype
@@ -174,6 +174,7 @@ class HeadsObjective(Objective):
             training={
                 **self.preparation.identity,
                 "steps_done": self.recipe.steps,
+                "tokens": count_tokens(self.train.samples, self.batches),
                 "places": len(ranks_RK),
                 "evaluations": history.evaluations,
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,49 @@ from typing import Any
 import pytest
 
 from spectool import methods
+from spectool.checkpoint.headers import HEADS
 from spectool.cli.inspect import heads_command
 
 from .conftest import Done
 
 Spectool = Callable[..., Done]
 QUICK = ("--steps", 3, "--seq-len", 64, "--batch-tokens", 256, "--held-out", 4, "--num-heads", 2)
+
+
+def test_a_dry_run_says_what_finished_heads_tell_and_writes_nothing(
+    spectool: Spectool, checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source, trained = checkpoint("llama"), tmp_path / "trained"
+    text.write_text(text.read_text()[:1500])
+    words = ["train-heads", "medusa", source]
+    rest = ["--data", text, *QUICK]
+    assert spectool(*words, trained / "0", *rest).code == 0
+    record = json.loads((trained / "0" / HEADS).read_text())
+    assert 0 < record["training"]["tokens"] <= 3 * 256
+    dry = [*words, tmp_path / "out", *rest, "--dry-run"]
+    unknown = spectool(*dry)
+    assert unknown.code == 0, unknown.err
+    assert "expected acceptance: not known; no finished training" in unknown.out
+    assert "--trained" in unknown.err and not (tmp_path / "out").exists()
+    few = spectool(*dry, "--trained", trained / "0", "--json").json["forecast"]
+    assert few["trainings"] == 1 and few["reason"] and "tokens_per_forward" not in few
+    assert few["tokens"] == record["training"]["tokens"]
+    for number in range(1, 6):
+        shutil.copytree(trained / "0", trained / str(number))
+        training = record["training"] | {"tokens": 1000 * number}
+        best = record["training"]["evaluations"][-1]
+        scored = {**best, "score": 5.0 - 3 / number, "accuracy": [0.8 - 0.5 / number, 0.1]}
+        training["evaluations"] = [*record["training"]["evaluations"], scored]
+        told = json.dumps({**record, "training": training})
+        (trained / str(number) / HEADS).write_text(told)
+    told = spectool(*dry, "--trained", trained)
+    assert "tokens per forward with the default tree" in told.out
+    assert "from 6 finished trainings" in told.out and not (tmp_path / "out").exists()
+    found = spectool(*dry, "--trained", trained, "--json").json
+    assert found["dry_run"] and found["steps"] == 3
+    assert found["forecast"]["tokens_per_forward"].keys() == {"value", "lower", "upper"}
+    alone = spectool(*words, tmp_path / "out", *rest, "--trained", trained)
+    assert alone.code == 2 and "--dry-run" in alone.err
 
 
 def test_the_result_and_what_inspect_says_of_it(
@@ -27,7 +65,8 @@ def test_the_result_and_what_inspect_says_of_it(
     assert done.code == 0, done.err
     result = done.json
     assert set(result) == {
-        "schema_version", "out", "method", "parameters", "steps", "seconds", "accuracy",
+        "schema_version", "command", "machine", "out", "method", "parameters", "steps", "seconds",
+        "accuracy",
         "conditional", "tokens_per_forward_estimate", "untrained_estimate", "tree", "read",
     }  # fmt: skip
     assert result["steps"] == 3 and len(result["accuracy"]) == len(result["conditional"]) == 2
