@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from spectool.options import Config
     from spectool.shared_options import TextOptions
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Where stderr is no terminal, seconds between two lines of progress.
 QUIET_SECONDS = 60.0
