@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from spectool.errors import Interrupted, SpectoolError, UsageError
 from spectool.files import replace_nonfinite
-from spectool.report import Reporter, TrainingStep
+from spectool.report import Loaded, Reporter, TrainingStep
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ class Output(Reporter):
         self.so_far: Callable[[], Mapping[str, Any]] = dict
         self.show_plan: Callable[[Any], None] = lambda plan: None
         self.resume: str | None = None
+        self._loaded: set[str] = set()
         self._held_out = ""
         self._last_line = 0.0
 
@@ -77,7 +78,7 @@ class Output(Reporter):
         self._start()
 
     def event(self, event: Any) -> None:
-        """Print what happened; of texts once, even if several models read them."""
+        """Print what happened; of texts and loaded models once, even if several read them."""
         if isinstance(event, TrainingStep):
             self._show_step(event)
             return
@@ -90,7 +91,11 @@ class Output(Reporter):
             if found in self.readings:
                 return
             self.readings.append(found)
-        for line in describe(event):
+        lines = list(describe(event))
+        if isinstance(event, Loaded):
+            lines = [line for line in lines if line not in self._loaded]
+            self._loaded.update(lines)
+        for line in lines:
             self.say(line)
         self._start()
 

@@ -321,7 +321,9 @@ def test_list_and_doctor(spectool: Spectool) -> None:
     everything = spectool("list", "--all", "--json").json["methods"]
     assert {row["name"] for row in everything} >= {"rtn", "nf4", "int8", "ngram", "rejection"}
     kernels = {row["name"]: row["kernels"] for row in everything}
-    assert kernels["rtn"] == {"cpu": ["exact", "int8"]} and kernels["olive"] == {"cpu": ["exact"]}
+    assert kernels["rtn"] == {"cpu": ["exact", "int16", "int8"]} and kernels["olive"] == {
+        "cpu": ["exact"]
+    }
     assert kernels["olive-activations"] == kernels["ngram"] == {}
     assert "[kernel on cpu: exact or int8 activations]" in spectool("list", "quantizers").out
     only = spectool("list", "drafter").out
@@ -377,7 +379,12 @@ def commands() -> list[tuple[str, Any]]:
     root: Any = typer.main.get_command(app)
     verbs = (QUANTIZE, TRAIN_HEADS, DISTILL)
     groups = {verb.name for verb in verbs}
-    found = [(name, command) for name, command in root.commands.items() if name not in groups]
+    found: list[tuple[str, Any]] = []
+    for name, command in root.commands.items():
+        if hasattr(command, "commands"):
+            found += [(f"{name} {sub}", each) for sub, each in command.commands.items()]
+        elif name not in groups:
+            found.append((name, command))
     return found + [
         (f"{verb.name} {name}", verb.command(name)) for verb in verbs for name in verb.known()
     ]
@@ -410,7 +417,8 @@ def test_every_option_stands_in_one_panel(name: str, command: Any, spectool: Spe
     params = [parameter for parameter in command.params if parameter.name != "help"]
     shown = [parameter.rich_help_panel for parameter in params if parameter.opts[0][0] == "-"]
     verb, *method = name.split()
-    own = f"Options of {method[0]}" if method else None
+    # Commands of a group have no methods, whose options would have a title.
+    own = f"Options of {method[0]}" if method and verb != "audit" else None
     order = list(dict.fromkeys(shown))
     assert order == [panel for panel in (own, *PANELS) if panel in order]
     assert sorted(shown, key=order.index) == shown

@@ -105,7 +105,7 @@ def test_dense_experts_take_the_place_of_packed_ones(
     [
         ({"dtype": "int4"}, "dtype int4: expected float32"),
         ({"runtime": "fast"}, "runtime fast: expected one of auto"),
-        ({"activations": "int4"}, "activations int4: expected one of auto, exact, int8"),
+        ({"activations": "int4"}, "activations int4: expected one of auto, exact, int16, int8"),
         ({"device": "abacus"}, "device abacus: expected cpu"),
     ],
 )
