@@ -9,10 +9,11 @@ import typer
 
 from spectool.cli.common import Output, prepare_torch
 from spectool.cli.derive import Command, configs_of, derive
-from spectool.evaluate.audit.options import LogprobsOptions, TrustOptions
+from spectool.evaluate.audit.options import FeaturesOptions, LogprobsOptions, TrustOptions
 from spectool.shared_options import LoadOptions
 
 if TYPE_CHECKING:
+    from spectool.evaluate.audit.features import Features
     from spectool.evaluate.audit.logprobs import Logprobs
     from spectool.evaluate.audit.scoring import Rates
     from spectool.evaluate.audit.trust import Trust
@@ -43,6 +44,18 @@ def logprobs(output: Output, options: LogprobsOptions, load: LoadOptions) -> Non
 
     result = audit_logprobs(load, options, reporter=output)
     for line in _logprobs_lines(result):
+        output.show(line)
+    _finish(output, as_json(result), result.gates)
+
+
+def features(output: Output, options: FeaturesOptions, load: LoadOptions) -> None:
+    """Audit how much of a text can be read back from MODEL's hidden states, by layer."""
+    prepare_torch(load.threads)
+    from spectool.evaluate.audit.features import audit_features
+    from spectool.evaluate.results import as_json
+
+    result = audit_features(load, options, reporter=output)
+    for line in _features_lines(result):
         output.show(line)
     _finish(output, as_json(result), result.gates)
 
@@ -113,13 +126,33 @@ def _logprobs_lines(result: Logprobs) -> list[str]:
     ]
 
 
+def _features_lines(result: Features) -> list[str]:
+    places = ", ".join("own" if place == 0 else f"{place} before" for place in result.places)
+    lines = [f"tokens read back, by their place: {places} (control: tokens of other states)"]
+    for layer in result.layers:
+        read = ", ".join(f"{each:.1%}" for each in layer.read)
+        control = ", ".join(f"{each.value:.1%}" for each in layer.control)
+        lines.append(f"{layer.name}: {read} (control {control})")
+    return [
+        *lines,
+        f"the most frequent token: {result.chance:.1%}; {result.held_out} of {result.positions} "
+        "positions held out",
+        "stored states are as secret as their text: give a store of features (train-heads "
+        "--features offline:DIR) the text's permissions, and delete it after the training",
+    ]
+
+
 def _replies(before: Rates, after: Rates) -> str:
     names = ("refused", "unparsed", "empty", "repeating")
     shares = [f"{n} {getattr(before, n):.0%} -> {getattr(after, n):.0%}" for n in names]
     return ", ".join([*shares, f"tokens {before.mean_tokens:.1f} -> {after.mean_tokens:.1f}"])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"trust": trust, "logprobs": logprobs}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "trust": trust,
+    "logprobs": logprobs,
+    "features": features,
+}
 
 AUDIT = typer.Typer(
     help="Audit a checkpoint: what compression changed in its answers, what its outputs give away",

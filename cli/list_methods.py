@@ -47,7 +47,9 @@ def list_methods(output: Output, options: ListOptions) -> None:
         others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
         remarks = [f"also in {others}"] if others else []
         for device, precisions in _kernels(name, row).items():
-            remarks.append(f"kernel on {device}: {' or '.join(precisions)} activations")
+            *others, last = precisions
+            named = f"{', '.join(others)} or {last}" if others else last
+            remarks.append(f"kernel on {device}: {named} activations")
         output.show(
             f"  {name:<{width}}  {row.summary}" + "".join(f" [{remark}]" for remark in remarks)
         )

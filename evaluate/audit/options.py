@@ -83,3 +83,17 @@ class LogprobsOptions(AuditTextOptions):
     )
     steps: int = option(600, "Training steps of the inverter", minimum=1)
     seed: int = option(0, "Seed of the tokens shown, the prompts' order and the inverter")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeaturesOptions(AuditTextOptions):
+    """Which tokens are read back from states."""
+
+    places: tuple[int, ...] = option(
+        (0, 1, 2, 4), "How many places before a state's own the tokens are that are read"
+    )
+    seed: int = option(0, "Seed of the control's order of tokens")
+
+    def validate(self) -> None:
+        if not self.places:
+            raise UsageError("--places : expected numbers, as 0,1,2")

@@ -51,6 +51,13 @@ def test_trust_gates_on_any_number(
     assert done.code == 2 and "at least --pass-loss" in done.err
 
 
+def test_features_prints_a_line_a_layer(spectool: Spectool, checkpoint: Checkpoint) -> None:
+    done = spectool("audit", "features", checkpoint("llama"), "--limit", 5000, "--json")
+    assert done.code == 0, done.err
+    assert [layer["name"] for layer in done.json["layers"]] == ["layer 0", "layer 1", "final"]
+    assert "layer 1: " in done.err and "as secret as their text" in done.err
+
+
 def test_logprobs_prints_what_it_found(spectool: Spectool, checkpoint: Checkpoint) -> None:
     common = ["--limit", 4000, "--prompt-tokens", 2, "--watched", 1, "--steps", 3]
     done = spectool("audit", "logprobs", checkpoint("llama"), *common, "--json")

@@ -61,7 +61,7 @@ def test_quantize_and_inspect_say_what_the_files_hold(
     done = spectool("quantize", method, checkpoint("qwen3"), out, "--json")
     assert done.code == 0, done.err
     result = done.json
-    assert result["schema_version"] == 2
+    assert result["schema_version"] == 3
     wanted = {"out", "method", "bits_per_weight", "bytes", "seconds", "peak_rss_bytes", "layers"}
     assert wanted <= result.keys()
     assert {"name", "bits", "error"} == result["layers"][0].keys()
@@ -325,7 +325,7 @@ def test_list_and_doctor(spectool: Spectool) -> None:
         "cpu": ["exact"]
     }
     assert kernels["olive-activations"] == kernels["ngram"] == {}
-    assert "[kernel on cpu: exact or int8 activations]" in spectool("list", "quantizers").out
+    assert "[kernel on cpu: exact, int16 or int8 activations]" in spectool("list", "quantizers").out
     only = spectool("list", "drafter").out
     assert "ngram" in only and "rtn" not in only
     assert spectool("list", "cheese").code == 2

@@ -20,7 +20,7 @@ MACHINE = {
 def quantize(method: str, bits: float, error: float) -> dict[str, Any]:
     names = ("self_attn.q_proj", "mlp.down_proj")
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "command": f"spectool quantize {method} small packed-{method}-{bits:.0f}",
         "machine": MACHINE,
         "out": f"packed-{method}-{bits:.0f}",
@@ -39,7 +39,7 @@ def quantize(method: str, bits: float, error: float) -> dict[str, Any]:
 def evaluation(method: str, bits: float, ratio: float, kl: float) -> dict[str, Any]:
     model = f"packed-{method}-{bits:.0f}"
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "command": f"spectool eval {model} --reference small --text texts/stories.txt",
         "machine": MACHINE,
         "model": model,
@@ -84,13 +84,13 @@ def bench() -> dict[str, Any]:
         "batch_size": 1,
         "dtype": "float32",
     }
-    made = {"schema_version": 2, "command": "spectool bench small --prompts p.jsonl"}
+    made = {"schema_version": 3, "command": "spectool bench small --prompts p.jsonl"}
     return {**made, "machine": MACHINE, **run, "other_runs": [{**run, "batch_size": 4}]}
 
 
 def heads() -> dict[str, Any]:
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "out": "heads",
         "method": "hydra",
         "steps": 280,
@@ -131,7 +131,7 @@ def trust() -> dict[str, Any]:
         "verdict": "fail",
     }
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "verdict": "fail",
         "items": 40,
         "dimensions": {"fairness": dimension},
