@@ -47,8 +47,8 @@ def list_methods(output: Output, options: ListOptions) -> None:
         others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
         remarks = [f"also in {others}"] if others else []
         for device, precisions in _kernels(name, row).items():
-            *others, last = precisions
-            named = f"{', '.join(others)} or {last}" if others else last
+            *before, last = precisions
+            named = f"{', '.join(before)} or {last}" if before else last
             remarks.append(f"kernel on {device}: {named} activations")
         output.show(
             f"  {name:<{width}}  {row.summary}" + "".join(f" [{remark}]" for remark in remarks)

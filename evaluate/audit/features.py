@@ -157,7 +157,8 @@ def classify(train_RD: Tensor, labels_R: Tensor, held_RD: Tensor) -> Tensor:
     covariance_DD += SHRINKAGE * mean_variance * torch.eye(width, dtype=torch.float64)
     weights_DC = torch.linalg.solve(covariance_DD, means_CD.T)
     bias_C = (counts_C / len(train_RD)).log() - (means_CD.T * weights_DC).sum(0) / 2
-    return known_C[(held_RD @ weights_DC + bias_C).argmax(-1)]
+    guessed_R: Tensor = known_C[(held_RD @ weights_DC + bias_C).argmax(-1)]
+    return guessed_R
 
 
 def _share(right_SL: Tensor) -> Interval:
