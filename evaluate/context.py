@@ -182,16 +182,20 @@ class Context:
         config = read_config(self.checkpoint).get_text_config(decoder=True)
         found: dict[str, object] = {name: getattr(config, name, None) for name in _SHAPE}
         found["tokenizer"] = hash_vocabulary(self.tokenizer)
-        if "windows" in self.needs:
+        if self.needs & {"windows", "openings"}:
             found["text"] = self.windows.digest()
             for name in ("protocol", "length", "stride", "bos"):
                 found[name] = getattr(self.windows, name)
-        if "reference" in self.needs:
+        if self.options.reference is not None:
             match self.reference:
                 case StoredLogProbs(record=record):
                     found["reference"] = record.source
                 case Checkpoint() as other:
                     found["reference"] = other.fingerprint()
+        if options := (self.options if self.options.task else None):
+            found["tasks"] = [
+                list(options.task), options.task_limit, options.task_shots, options.task_chat
+            ]  # fmt: skip
         return found
 
     @cached_property

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectool.data.stored_log_probs import StoredLogProbs, kept_kl
 from spectool.data.windows import Batch, Windows
-from spectool.evaluate.intervals import Interval, over_clusters
+from spectool.evaluate.intervals import Interval, bootstrap
 from spectool.evaluate.log_probs import LogProbs
 from spectool.report import SILENT, Reporter
 
@@ -73,7 +73,7 @@ class Scores:
         sums_SK.index_add_(0, torch.repeat_interleave(counts_S), values_NK)
         # Sums and counts, not tokens: thousands of resamples of windows, not of what is in them.
         columns_SK = torch.cat([sums_SK, counts_S[:, None].double()], 1)
-        return over_clusters(
+        return bootstrap(
             columns_SK, lambda m_RK: statistic(*(m_RK[:, :-1] / m_RK[:, -1:]).unbind(1))
         )
 

@@ -43,7 +43,7 @@ class Interval:
 
 def bootstrap(
     values_NK: Tensor,
-    statistic: Callable[[Tensor], Tensor],
+    statistic: Callable[[Tensor], Tensor] = lambda means_RK: means_RK[:, 0],
     *,
     clusters_N: Tensor | None = None,
     resamples: int = 10_000,
@@ -52,8 +52,8 @@ def bootstrap(
     """Return a statistic of the columns' means, with its percentile interval (Efron, 1979).
 
     `statistic` maps means [R, K] to [R]. `clusters_N` gives the cluster of each item as an integer
-    from 0 on; without it each item is its own. One cluster has no spread: its interval is the
-    value. The result depends on the seed alone, not on the device or the number of threads.
+    from 0 on; without it each item is its own. One cluster shows no spread: its interval is NaN,
+    which holds no gate. The result depends on the seed alone, not on the device or on threads.
     """
     values_NK = values_NK.detach().cpu().double()
     ones_N = torch.ones(len(values_NK), dtype=torch.float64)
@@ -73,20 +73,11 @@ def bootstrap(
         times_RC = torch.zeros(rows, clusters, dtype=torch.float64)
         times_RC.scatter_add_(1, drawn_RC, torch.ones_like(times_RC))
         found.append(statistic(times_RC @ sums_CK / (times_RC @ sizes_C)[:, None]))
-    edges = torch.quantile(torch.cat(found), torch.tensor([0.025, 0.975], dtype=torch.float64))
     value = float(statistic((sums_CK.sum(0) / sizes_C.sum())[None]))
+    if clusters == 1:
+        return Interval(value, math.nan, math.nan)
+    edges = torch.quantile(torch.cat(found), torch.tensor([0.025, 0.975], dtype=torch.float64))
     return Interval(value, float(edges[0]), float(edges[1]))
-
-
-def over_clusters(
-    columns_CK: Tensor, statistic: Callable[[Tensor], Tensor] = lambda means_RK: means_RK[:, 0]
-) -> Interval:
-    """Return a statistic of the columns' means over clusters, with its interval.
-
-    One cluster has no interval: its ends are NaN, which no gate takes for a good value.
-    """
-    found = bootstrap(columns_CK, statistic)
-    return found if len(columns_CK) > 1 else Interval(found.value, math.nan, math.nan)
 
 
 def share(count: int, of: int) -> Interval:

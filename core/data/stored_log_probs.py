@@ -50,7 +50,6 @@ class Record:
 
     `length`, `bos`, `protocol`: of the windows. `source`: fingerprint of the checkpoint;
     `tokenizer`: digest.
-    `length`, `bos`: of the windows. `source`: fingerprint of the checkpoint; `tokenizer`: digest.
     `width`: numbers of a state, 0 where log-probabilities are kept; `error`: the largest difference
     of a log-probability that states give back.
     """

@@ -121,7 +121,7 @@ def cut(
 
     Raises:
         TextError: the text does not fill one window.
-        UsageError: the stride is more than the tokens of a window.
+        UsageError: the stride is more than the tokens of a window that can be scored.
     """
     inside = length - (bos is not None)
     if len(ids) < inside or inside < 1:
@@ -130,8 +130,10 @@ def cut(
             hint="give a longer text, or a smaller --window",
         )
     if stride is not None:
-        if stride > inside:
-            raise UsageError(f"--stride {stride}: a window has {inside} tokens of the text")
+        # The first token of a window without a BOS token has nothing before it.
+        most = inside - (bos is None)
+        if stride > most:
+            raise UsageError(f"--stride {stride}: at most {most} tokens of a window can be scored")
         return _overlap(ids, inside, bos, stride)
     whole = len(ids) // inside
     rows_SL = torch.tensor(ids[: whole * inside]).view(whole, inside)

@@ -34,8 +34,9 @@ class RowProducts(TorchFunctionMode):
         if func is F.linear and not kwargs and all(isinstance(each, Tensor) for each in args[:2]):
             x, weight, *bias = args
             choice = registry.choose("dense", x.device.type, x.dtype)
-            is_matrix = weight.ndim == 2 and weight.is_contiguous() and weight.dtype is x.dtype
-            if choice.kernel is not None and is_matrix:
+            is_matrix = weight.ndim == 2 and weight.is_contiguous()
+            fits = weight.dtype is x.dtype and weight.device == x.device
+            if choice.kernel is not None and is_matrix and fits and weight.shape[1] == x.shape[-1]:
                 return choice.kernel.linear(x, (weight, None), bias[0] if bias else None)
         return func(*args, **(kwargs or {}))
 
@@ -69,8 +70,10 @@ def sum_experts(experts: Any, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: 
     )
     out_SD = multiply(activate(inner_SM), "down_proj")
     weighted_SD = out_SD * weights_NK.reshape(-1, 1)[order_S]
-    parts_SD = torch.empty_like(weighted_SD)
-    parts_SD[order_S] = weighted_SD
+    # In bfloat16 each addition would round.
+    wide = torch.promote_types(weighted_SD.dtype, torch.float32)
+    parts_SD = torch.empty_like(weighted_SD, dtype=wide)
+    parts_SD[order_S] = weighted_SD.to(wide)
     first_ND, *others = parts_SD.view(*chosen_NK.shape, -1).unbind(1)
     return sum(others, start=first_ND).to(hidden_ND.dtype)
 
@@ -83,6 +86,11 @@ def choose_experts(model: nn.Module) -> None:
             experts.own_implementation = experts.config._experts_implementation
         for experts in found:
             experts.config._experts_implementation = NAME
+
+
+def are_chosen(module: nn.Module) -> bool:
+    """Whether all experts inside of a module, if there are any, compute by `sum_experts`."""
+    return all(each.config._experts_implementation == NAME for each in _list_experts(module))
 
 
 def release_experts(model: nn.Module) -> None:

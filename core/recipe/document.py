@@ -154,7 +154,7 @@ def read_recipe(path: Path, overrides: Sequence[str], stages: Collection[str]) -
             )
         try:
             given = Given(yaml.safe_load(value), place)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UsageError(f"{place}: not a value in YAML: {_reason(error)}") from error
         if key == MODEL:
             model = given
@@ -199,7 +199,7 @@ def _compose(path: Path) -> yaml.Node:
     return node
 
 
-def _reason(error: yaml.YAMLError) -> str:
+def _reason(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
@@ -227,7 +227,7 @@ def _construct(node: yaml.Node, place: str) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{place}: not plain YAML: {_reason(error)}") from error
     finally:
         loader.dispose()

@@ -43,7 +43,8 @@ def figures_of(stage: str, result: Mapping[str, Any]) -> list[Figure]:
         value = about.get("value")
         if isinstance(value, (int, float)):
             text = f"{value:{form}}"
-            if "lower" in about:
+            # A text of one window has no interval.
+            if about.get("lower") is not None and about.get("upper") is not None:
                 text += f" ({about['lower']:{form}} to {about['upper']:{form}})"
             picked.append(Figure(stage=stage, metric=path, name=name, value=value, text=text))
     if stage == "bench":

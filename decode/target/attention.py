@@ -283,7 +283,9 @@ class AttentionTarget(Target[TreeCache]):
         choose_experts(self.model)
         self.unfused = fuse_layers(layers, self.model, probe)
         self.num_fused = len(layers) - sum(self.unfused.values())
-        if self.num_fused:
+        if not self.num_fused:
+            release_experts(self.model)
+        else:
             # The lm_head too is independent of the number of rows then.
             self.kernels = attach_kernels(self.model, self.dtype, any_rows=True)
         head = self.model.get_output_embeddings()

@@ -38,7 +38,7 @@ from spectool.decode.target.layer_parts import (
 from spectool.kernels import build, registry
 from spectool.kernels.products import TYPES, PackedProduct
 from spectool.kernels.steps import MOST_ROTARY, Layer, Products, Rows
-from spectool.model.experts import RowProducts
+from spectool.model.experts import RowProducts, are_chosen
 
 # Arguments of a layer's forward: names of the cache, and the others that may be given.
 _CACHES = ("past_key_values", "layer_past", "cache", "past_key_value")
@@ -55,6 +55,8 @@ _READ = frozenset(
 _TOLERANCE, _INT16_TOLERANCE, _BFLOAT16_TOLERANCE, _INT8_TOLERANCE = 1e-5, 1e-4, 1.5e-2, 2.5e-2
 # What angles of positions are multiplied by in the comparison, and what is added to positions.
 _FAR, _LATER = 37.7, 1 << 17
+# Rows of a pass that is compared with one of a single row.
+_MANY = 64
 
 # The arguments of a layer's call in a pass.
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -408,8 +410,12 @@ def _check_rest(
     if _compare(total_BND, expected_BND) > tolerance:
         raise UnknownLayerError("more than a sum with its MLP")
     rows = residual_BND.flatten(0, 1)[:, None, None]
-    alone = torch.cat([rest.add(row_11D) for row_11D in rows]).view_as(total_BND)
-    return replace(rest, rows_are_independent=torch.equal(alone, total_BND))
+    alone = torch.cat([rest.add(row_11D) for row_11D in rows])
+    # So many rows choose the same experts.
+    many = rest.add(rows[0].expand(1, _MANY, -1))
+    same = torch.equal(alone.view_as(total_BND), total_BND)
+    same = same and torch.equal(many, alone[:1].expand_as(many))
+    return replace(rest, rows_are_independent=same and are_chosen(parts.mlp_module))
 
 
 def _compare(found_BND: Tensor, expected_BND: Tensor) -> float:

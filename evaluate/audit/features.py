@@ -49,7 +49,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """The result of the audit. `most` is the largest share that is read at a state's own place.
+    """The result of the audit. `most` is the largest share that is read at the first of `places`.
 
     `chance`: of the most frequent token.
     """

@@ -95,5 +95,6 @@ class FeaturesOptions(AuditTextOptions):
     seed: int = option(0, "Seed of the control's order of tokens")
 
     def validate(self) -> None:
-        if not self.places:
-            raise UsageError("--places : expected numbers, as 0,1,2")
+        if not self.places or min(self.places) < 0:
+            given = ",".join(map(str, self.places))
+            raise UsageError(f"--places {given}: expected numbers from 0 on, as 0,1,2")

@@ -347,8 +347,8 @@ def judge(name: str, delta: Interval, degenerate: bool, options: TrustOptions) -
     """Return the verdict on a dimension.
 
     It fails where scores cannot be compared, or where the loss is over the threshold and the
-    interval excludes that nothing was lost; it passes if the interval excludes a smaller loss.
-    Between the two stands what the items are too few to tell.
+    interval excludes that nothing was lost; it passes if the interval excludes the smaller loss
+    that is allowed. Between the two stands what the items are too few to tell.
     """
     if degenerate or (delta.value < -options.fail_loss and delta.upper < 0):
         return "fail"

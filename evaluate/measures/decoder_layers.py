@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from spectool.evaluate.context import Context, Need
-from spectool.evaluate.intervals import Interval, over_clusters
+from spectool.evaluate.intervals import Interval, bootstrap
 from spectool.evaluate.layer_pairs import Computed, Pair, walk
 from spectool.evaluate.measures.base import Measure
 
@@ -165,7 +165,7 @@ def _describe_gates(mean_S: dict[str, Tensor]) -> Gates:
 
 
 def _over_windows(value_S: Tensor) -> Interval:
-    return over_clusters(value_S[:, None])
+    return bootstrap(value_S[:, None])
 
 
 def _relative(error_BLD: Tensor, of_BLD: Tensor) -> Tensor:

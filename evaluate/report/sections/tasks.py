@@ -54,7 +54,12 @@ def _tasks(run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
     tasks = run.data.get("tasks", ())
     named = tasks.items() if isinstance(tasks, Mapping) else ((None, each) for each in tasks)
     for name, each in named:
-        scores = {key: value for key, value in each.items() if number_of(value) is not None}
+        # A metric's figure stands beside those of the reference.
+        figures = {
+            key: value.get("score", value) if isinstance(value, Mapping) else value
+            for key, value in each.items()
+        }
+        scores = {key: value for key, value in figures.items() if number_of(value) is not None}
         yield name or next(str(each[key]) for key in _NAMES if key in each), scores
 
 

@@ -52,7 +52,11 @@ def evaluation(method: str, bits: float, ratio: float, kl: float) -> dict[str, A
         "kl": {"value": kl, "lower": kl / 2, "upper": 2 * kl, "median": kl / 4},
         "top1_agreement": 0.890625,
         "gates": [{"expression": "perplexity_ratio<=1.05", "value": ratio, "holds": ratio <= 1.05}],
-        "tasks": {"quiz": {"accuracy": {"value": 0.5, "lower": 0.25, "upper": 0.75}, "items": 40}},
+        "tasks": {
+            "quiz": {
+                "accuracy": {"items": 40, "score": {"value": 0.5, "lower": 0.25, "upper": 0.75}}
+            }
+        },
         "read": [{"source": "texts/stories.txt", "rows": 1}],
     }
 
