@@ -58,7 +58,7 @@ def test_lines_of_stdin_are_messages(spectool: Spectool, model: Path) -> None:
     done = spectool(*words, stdin="def make\n\nreturn the\r\n")
     assert done.code == 0, done.err
     result = spectool(*words, "--json", stdin="def make\n\nreturn the").json
-    assert result["schema_version"] == 2 and result["system"] == "be kind"
+    assert result["schema_version"] == 3 and result["system"] == "be kind"
     assert [m["content"] for m in result["messages"][::2]] == ["def make", "return the"]
     texts = [answer["text"] for answer in result["answers"]]
     assert texts == [m["content"] for m in result["messages"][1::2]]
