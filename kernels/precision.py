@@ -60,7 +60,7 @@ PRECISIONS: dict[str, dict[int, Row]] = {
     "gptq": {
         2: Row(0.03, int8=1.29e-04),
         3: Row(0.00598, int8=4.03e-04),
-        4: Row(0.00131, int8=5.49e-04),
+        4: Row(0.00131, int8=5.44e-04, int16=-7.56e-08),
         8: Row(4.88e-06, int8=6.30e-04),
     },
     "hqq": {
