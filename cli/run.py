@@ -74,6 +74,9 @@ def run(output: Output, options: RunOptions) -> None:
     recipe = read_recipe(options.recipe, options.override, list(STAGES))
     folder = options.out or Path(options.recipe.stem)
     check_folder(folder)
+    for path in (options.junit, options.summary):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no directory {path.parent}")
     commands = make_commands()
     page = plan_report(recipe, commands)
     plans = make_plan(recipe, commands)
