@@ -17,7 +17,7 @@ from spectool.options import Config, option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions(Config):
-    """What is uploaded where."""
+    """The directory to upload, and the repository that takes it."""
 
     path: Path = option(..., "Directory that spectool wrote", argument=True)
     repo: str = option(..., "Repository on the hub: OWNER/NAME", argument=True)

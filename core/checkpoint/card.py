@@ -43,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What a card says.
+    """The content of a model card.
 
     `lines`: how the artifact was made. `origin`: `license`, `base_model` and the like; see
     `read_origin`. `relation`: to the base, in the hub's words. `measured_by`: the commands of the

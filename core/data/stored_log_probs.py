@@ -211,7 +211,7 @@ class StoredLogProbs:
 
     @functools.cached_property
     def _codec(self) -> StateCodec | None:
-        """What makes log-probabilities of states; None where they are kept themselves."""
+        """The codec of stored states; None where the file holds log-probabilities."""
         if not self.record.width:
             return None
         weight_VD, bias_V = (read_tensor(self.entries[name]) for name in (LM_HEAD, BIAS))

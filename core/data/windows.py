@@ -61,7 +61,7 @@ class Windows:
 
     @property
     def scored(self) -> tuple[int, ...]:
-        """How many tokens at the end of a window are scored, for each group.
+        """The number of tokens scored at the end of a window, for each group.
 
         All but the first; of a window that overlaps, those that no earlier window held.
         """

@@ -44,7 +44,7 @@ State = Literal["runs", "done", "cached", "gate", "failed", "skipped"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a stage, or will (`runs`, in a dry run): `reason` says why.
+    """The end of a stage, or in a dry run the one foreseen (`runs`); `reason` says why.
 
     `result` is the JSON object that the command printed; None if there is none.
     """

@@ -38,7 +38,7 @@ _PATIENCE = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What run.json keeps of a stage: `output` is the digest of the directory that it wrote."""
+    """A stage's entry in run.json; `output` is the digest of the directory that it wrote."""
 
     stage: str
     command: list[str]
