@@ -160,6 +160,10 @@ class Respondent:
             )
 
 
+# How a file of answers begins.
+_BEGIN = b'{"made_for": '
+
+
 class Outputs:
     """Answers that are there already, and a file that keeps those that come.
 
@@ -174,14 +178,16 @@ class Outputs:
         self._file = None
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        with disk_errors(path):
+            data = path.read_bytes() if path.exists() else b""
         # What follows the last line break was cut off by a kill.
-        kept = [line + "\n" for line in lines[:-1]]
-        if lines:
+        whole = data.rfind(b"\n") + 1
+        kept = data[:whole].decode(errors="replace").split("\n")[:-1]
+        if kept or not data.startswith(_BEGIN[: len(data)]):
             self._check(kept, made_for)
         with disk_errors(path):
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
+            self._file = path.open("a", encoding="utf-8")
+            self._file.truncate(whole)
         if not kept:
             self._write({"made_for": made_for})
 
@@ -189,7 +195,7 @@ class Outputs:
         """Take the records of a file's lines; raise UsageError if they are of another run."""
         try:
             first, *rest = map(json.loads, kept)
-            before = first["made_for"]
+            before = dict(first["made_for"])
             self.records = {record["key"]: record["value"] for record in rest}
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint.dtypes import parse_dtype
+from spectool.checkpoint.tensors import all_finite
 from spectool.data.windows import cut
 from spectool.decode.protocol import Needs
 from spectool.decode.target.open import open_target
@@ -23,6 +24,7 @@ from spectool.evaluate.audit.text import read_ids
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.intervals import Interval, bootstrap
 from spectool.evaluate.results import number_at, number_names
+from spectool.model.finite import not_finite
 from spectool.model.loading import check_device, default_dtype, load_model, load_tokenizer
 from spectool.report import SILENT, Reporter
 from spectool.shared_options import LoadOptions
@@ -71,6 +73,7 @@ def audit_features(
 
     Raises:
         InputError: the checkpoint or the text is unusable.
+        NotFinite: a layer's states are NaN or infinite.
     """
     gates = parse_gates(options.gate, list(number_names(Features)))
     checkpoint, device = load.open(), check_device(load.resolve_device())
@@ -99,6 +102,8 @@ def audit_features(
         with torch.inference_mode(), target.capture_features(needs) as found:
             target.decoder(input_ids=ids_L[None].to(device), use_cache=False)
         for name, state_1LD in found.items():
+            if not all_finite(state_1LD):
+                raise not_finite(checkpoint.name, "cannot be audited", name)
             parts.setdefault(name, []).append(state_1LD[0].float().cpu())
         reporter.progress(index, len(ids_SL), "windows read")
     generator = torch.Generator().manual_seed(options.seed)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from spectool.checkpoint.dtypes import parse_dtype
+from spectool.checkpoint.tensors import all_finite
 from spectool.data.states import StateCodec
 from spectool.data.windows import Windows, cut
 from spectool.errors import TextError, UnsupportedError
@@ -34,8 +35,8 @@ from spectool.shared_options import LoadOptions
 
 # Tokens of a window whose positions are measured, and prompts that are continued together.
 WINDOW, BATCH = 128, 64
-# Share of the prompts that the inverter does not learn from.
-HELD_OUT = 0.2
+# Share of the prompts that the inverter does not learn from, and how many prompts it needs.
+HELD_OUT, LEAST_PROMPTS = 0.2, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ def audit_logprobs(
     Raises:
         InputError: the checkpoint or the text is unusable, or the vocabulary is no larger than the
             model is wide.
+        NotFinite: the model computes NaN or infinite values.
     """
     gates = parse_gates(options.gate, list(number_names(Logprobs)))
     checkpoint, device = load.open(), check_device(load.resolve_device())
@@ -164,6 +166,8 @@ def _read_positions(
     log_probs, parts, found = ResidentLogProbs(model), list[Tensor](), 0
     for batch in windows.batches(vocabulary, batch_size=1):
         parts.append(log_probs(batch)[0].cpu())
+        if not all_finite(parts[-1]):
+            raise log_probs.not_finite(batch, "cannot be audited")
         found += len(parts[-1])
         if found >= wanted:
             break
@@ -183,6 +187,12 @@ def _invert(
     prompts_NP = torch.cat(cut(ids, length=length, bos=None).groups)[: options.prompts]
     # A prompt that occurs twice could be looked up.
     prompts_NP = torch.unique(prompts_NP, dim=0)
+    if len(prompts_NP) < LEAST_PROMPTS:
+        raise TextError(
+            f"the text has {len(prompts_NP)} different prompts of {length} tokens; the inverter "
+            f"needs {LEAST_PROMPTS}",
+            hint="give a longer text with --text",
+        )
     generator = torch.Generator().manual_seed(options.seed)
     prompts_NP = prompts_NP[torch.randperm(len(prompts_NP), generator=generator)]
     states_NTD = _watch(model, codec, shown_I, prompts_NP, options.watched, reporter)
@@ -225,10 +235,12 @@ def _watch(
     reporter: Reporter,
 ) -> Tensor:
     """Return the states [N, T, D] recovered from log-probabilities of greedily generated tokens."""
-    # All options are given, or those of the checkpoint would be used.
+    # What is left out is the checkpoint's own, so too the tokens that end a text: without a least
+    # number of new tokens a batch could be over before the last one that is watched.
     greedy = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=watched,
+        min_new_tokens=watched,
         output_logits=True,
         return_dict_in_generate=True,
         pad_token_id=0,

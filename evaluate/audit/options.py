@@ -56,6 +56,12 @@ class TrustOptions(AuditTextOptions):
         "A dimension fails if it lost more points than this and its interval excludes no loss",
         minimum=0,
     )
+    most_unscored: float = option(
+        0.1,
+        "A dimension counts as not measured if more than this share of its items has no score",
+        minimum=0,
+        maximum=1,
+    )
     outputs: Path | None = option(
         None,
         "File to write all log-likelihoods and replies to; what it holds already is not run "

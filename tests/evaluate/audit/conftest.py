@@ -39,3 +39,14 @@ def shuffled(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     tensors["lm_head.weight"] = tensors["lm_head.weight"][rows].contiguous()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+@pytest.fixture(scope="session")
+def overflowing(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint `llama` with weights of its last layer that are finite, and too large."""
+    path = tmp_path_factory.mktemp("overflowing") / "model"
+    shutil.copytree(checkpoint("llama"), path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path

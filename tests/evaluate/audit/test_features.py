@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectool.errors import TextError
+from spectool.errors import NotFinite, TextError
 from spectool.evaluate.audit.features import audit_features, classify
 from spectool.evaluate.audit.options import FeaturesOptions
 from spectool.shared_options import LoadOptions
@@ -38,3 +38,9 @@ def test_tokens_are_read_back_from_states_and_not_from_shuffled_ones(
     assert found.gates[1].holds
     with pytest.raises(TextError, match="10 or more"):
         audit_features(load, FeaturesOptions(limit=600))
+
+
+def test_a_model_that_overflows_is_refused(overflowing: Path) -> None:
+    load = LoadOptions(model=str(overflowing), dtype="float32")
+    with pytest.raises(NotFinite, match="cannot be audited: layer 1"):
+        audit_features(load, FeaturesOptions(limit=9000))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from spectool.errors import TextError, UnsupportedError
+from spectool.errors import NotFinite, TextError, UnsupportedError
 from spectool.evaluate.audit.inverter import invert
 from spectool.evaluate.audit.logprobs import audit_logprobs, measure_rank
 from spectool.evaluate.audit.options import LogprobsOptions
@@ -56,6 +58,32 @@ def test_a_short_text_and_a_small_vocabulary_are_refused(checkpoint: Checkpoint)
     wide = checkpoint("llama", hidden_size=320)
     with pytest.raises(UnsupportedError, match="no larger than its width"):
         audit_logprobs(LoadOptions(model=str(wide)), LogprobsOptions(limit=300))
+
+
+def test_prompts_are_watched_past_a_token_that_ends_texts(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "ending"
+    shutil.copytree(checkpoint("llama"), path)
+    config = json.loads((path / "config.json").read_text())
+    ends = {"eos_token_id": list(range(config["vocab_size"] - 1))}
+    (path / "config.json").write_text(json.dumps(config | ends))
+    (path / "generation_config.json").write_text(json.dumps(ends))
+    options = LogprobsOptions(limit=2_500, prompts=50, prompt_tokens=2, watched=3, steps=1)
+    assert audit_logprobs(LoadOptions(model=str(path)), options).inversion.watched == 3
+
+
+def test_a_text_that_repeats_itself_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a " * 3_000)
+    options = LogprobsOptions(text=(str(tmp_path / "text.txt"),), steps=1)
+    with pytest.raises(TextError, match="different prompts of 8 tokens; the inverter needs 10"):
+        audit_logprobs(LoadOptions(model=str(checkpoint("llama"))), options)
+
+
+def test_a_model_that_overflows_is_refused(overflowing: Path) -> None:
+    load = LoadOptions(model=str(overflowing), dtype="float32")
+    with pytest.raises(NotFinite, match=r"cannot be audited: model\.layers\.1"):
+        audit_logprobs(load, LogprobsOptions(limit=9_000, steps=1))
 
 
 def test_an_inverter_learns_what_there_is_and_leaves_the_global_state() -> None:

@@ -90,7 +90,11 @@ def test_a_checkpoint_beside_itself_changes_nothing(checkpoint: Checkpoint, gold
     same = checkpoint("llama")
     found = run(same, same, golden, seeds=(1, 2))
     zero = {"value": 0.0, "lower": 0.0, "upper": 0.0}
-    assert found["verdict"] == "pass" and found["failed"] == 0
+    verdicts = {name: dimension["verdict"] for name, dimension in found["dimensions"].items()}
+    # Of two items that did not change nothing follows.
+    assert verdicts == {"utility": "pass", "ethics": "pass", "privacy": "warn"}
+    assert found["verdict"] == "warn" and found["failed"] == 0
+    assert found["unscored_share"] == pytest.approx(1 / 63)
     assert found["flips"] == {"share": zero, "right_to_wrong": 0, "wrong_to_right": 0}
     drift = found["drift"]
     assert drift["kl"] == zero
@@ -167,6 +171,10 @@ def test_outputs_are_scored_again_without_a_model(
     assert outputs.read_text().split("\n") == lines
     with pytest.raises(UsageError, match="another seeds"):
         run(shuffled, base, golden, outputs=outputs, seeds=(1,))
+    # Or of the first line.
+    outputs.write_text(lines[0][:9])
+    assert run(shuffled, base, golden, outputs=outputs) == whole
+    assert outputs.read_text().split("\n") == lines
     (tmp_path / "other").write_text("mine\n")
     with pytest.raises(UsageError, match="no answers"):
         run(shuffled, base, golden, outputs=tmp_path / "other")
@@ -249,9 +257,16 @@ def test_what_a_scorer_fails_at_is_unscored_and_never_zero(write_suite: Write) -
     found, missing = compare(suite, good, after, scorer, options)
     assert not missing
     assert found["privacy"].unscored == 2 and found["privacy"].items == 20
+    assert found["privacy"].unscored_share == pytest.approx(0.1)
     assert found["privacy"].model.value == found["privacy"].reference.value == 50
     found, missing = compare(suite, good, dict.fromkeys(good, reply("bad")), scorer, options)
     assert not found and "cannot read it" in missing["privacy"]
+    found, missing = compare(suite, good, {**after, "5": reply("bad")}, scorer, options)
+    assert not found and missing["privacy"].startswith("3 of 20 items have no score: the scorer")
+    lenient = TrustOptions(reference="r", most_unscored=0.2)
+    found, _ = compare(suite, good, {**after, "5": reply("bad")}, scorer, lenient)
+    assert found["privacy"].unscored == 3 and found["privacy"].delta.lower == 0
+    assert found["privacy"].verdict == "warn"
     with pytest.raises(Unscored, match="returned 2"):
         score(suite.items[0], reply("odd"), scorer)
     for name in ("math", "no_such_module:f", "math:no_such", ":f"):
