@@ -64,19 +64,51 @@ def bootstrap(
         count = int(clusters_N.max()) + 1
         sums_CK = values_NK.new_zeros(count, values_NK.shape[1]).index_add(0, clusters_N, values_NK)
         sizes_C = ones_N.new_zeros(count).index_add(0, clusters_N, ones_N)
-    clusters = len(sums_CK)
+    drawn_R = statistic(_resample(sums_CK, sizes_C, resamples, torch.Generator().manual_seed(seed)))
+    value = float(statistic((sums_CK.sum(0) / sizes_C.sum())[None]))
+    return _cut_ends(value, drawn_R, known=len(sums_CK) > 1)
+
+
+def bootstrap_within(
+    groups: Sequence[Tensor],
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return a statistic of the mean over groups of their columns' means, with its interval.
+
+    `groups` are the values [N, K] of each group's items, which are resampled within it: each group
+    weighs the same in every resample, whatever its number of items. A group of one item shows no
+    spread, so that the interval is NaN. See `bootstrap`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    columns = [values_NK.detach().cpu().double() for values_NK in groups]
+    drawn = [_resample(each, each.new_ones(len(each)), resamples, generator) for each in columns]
+    value = float(statistic(torch.stack([each.mean(0) for each in columns]).mean(0)[None]))
+    drawn_R = statistic(torch.stack(drawn).mean(0))
+    return _cut_ends(value, drawn_R, known=all(len(each) > 1 for each in columns))
+
+
+def _resample(
+    sums_CK: Tensor, sizes_C: Tensor, resamples: int, generator: torch.Generator
+) -> Tensor:
+    """Return the means [R, K] of resamples of clusters with these sums and numbers of items."""
+    clusters, found = len(sums_CK), []
     for start in range(0, resamples, step := max(1, _DRAWS // clusters)):
         rows = min(step, resamples - start)
         drawn_RC = torch.randint(clusters, (rows, clusters), generator=generator)
         times_RC = torch.zeros(rows, clusters, dtype=torch.float64)
         times_RC.scatter_add_(1, drawn_RC, torch.ones_like(times_RC))
-        found.append(statistic(times_RC @ sums_CK / (times_RC @ sizes_C)[:, None]))
-    value = float(statistic((sums_CK.sum(0) / sizes_C.sum())[None]))
-    if clusters == 1:
+        found.append(times_RC @ sums_CK / (times_RC @ sizes_C)[:, None])
+    return torch.cat(found)
+
+
+def _cut_ends(value: float, drawn_R: Tensor, *, known: bool) -> Interval:
+    """Return the interval between the ends of what was drawn, where it says something."""
+    if not known:
         return Interval(value, math.nan, math.nan)
-    edges = torch.quantile(torch.cat(found), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    edges = torch.quantile(drawn_R, torch.tensor([0.025, 0.975], dtype=torch.float64))
     return Interval(value, float(edges[0]), float(edges[1]))
 
 

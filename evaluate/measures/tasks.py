@@ -2,9 +2,10 @@
 
 `recovery` is the score divided by the reference's, or the inverse where lower is better; the one of
 the whole run is that of the mean over tasks of each one's first metric among `acc_norm`, `acc` and
-those where higher is better. Intervals resample items, those of both checkpoints together (Efron,
-1979); a share of right answers by itself has Wilson's. `lost` and `gained` count the items that the
-reference alone and the checkpoint alone answers rightly, and `p` is McNemar's (1947).
+those where higher is better. Intervals resample items, those of both checkpoints together, within
+each task (Efron, 1979); a share of right answers by itself has Wilson's. `lost` and `gained` count
+the items that the reference alone and the checkpoint alone answers rightly, and `p` is McNemar's
+(1947).
 
 Shapes: N items, K columns.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spectool.evaluate.context import Context, Need
-from spectool.evaluate.intervals import Interval, bootstrap, mcnemar, share
+from spectool.evaluate.intervals import Interval, bootstrap, bootstrap_within, mcnemar, share
 from spectool.evaluate.measures.base import Measure
 from spectool.evaluate.results import number_names
 
@@ -75,7 +76,7 @@ class Tasks(Measure):
             by_metric[metric] = compare(values, reference, aggregation, higher=higher)
             if theirs is not None and higher and aggregation.__name__ == "mean":
                 means.setdefault(task, {})[metric] = _stack(values, theirs[task][metric])
-        return cls(tasks=scores, recovery=_recover(means) if means else None)
+        return cls(tasks=scores, recovery=recover(means) if means else None)
 
     @classmethod
     def metrics(cls, context: Context | None = None) -> list[str]:
@@ -102,7 +103,7 @@ class Tasks(Measure):
                     parts.append(f"{found.lost} lost and {found.gained} gained (p = {found.p:.2g})")
                 yield "; ".join(parts)
         if self.recovery is not None:
-            yield f"recovery over {len(self.tasks)} tasks: {self.recovery}"
+            yield f"recovery, of the mean over tasks: {self.recovery}"
 
 
 def compare(
@@ -168,7 +169,7 @@ def _stack(own: list[Any], reference: list[Any]) -> Tensor:
     return torch.cat([_columns(own), _columns(reference)], 1)
 
 
-def _recover(means: dict[str, dict[str, Tensor]]) -> Interval:
+def recover(means: dict[str, dict[str, Tensor]]) -> Interval:
     """Return the mean score over tasks divided by the reference's."""
     chosen = [
         next((scores[name] for name in ("acc_norm", "acc") if name in scores), None)
@@ -178,6 +179,4 @@ def _recover(means: dict[str, dict[str, Tensor]]) -> Interval:
         next(iter(scores.values())) if found is None else found
         for found, scores in zip(chosen, means.values(), strict=True)
     ]
-    # Each task weighs the same, whatever its number of items.
-    weighted_NK = torch.cat([values_NK / len(values_NK) for values_NK in picked])
-    return bootstrap(weighted_NK, lambda sums: _divide(sums[:, 0], sums[:, 1]))
+    return bootstrap_within(picked, lambda means_RK: _divide(means_RK[:, 0], means_RK[:, 1]))

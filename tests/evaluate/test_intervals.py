@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from spectool.evaluate.intervals import bootstrap, holm, mcnemar, share
+from spectool.evaluate.intervals import bootstrap, bootstrap_within, holm, mcnemar, share
 
 
 def first(means_RK: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,21 @@ def test_items_of_a_cluster_are_resampled_as_one() -> None:
     assert together.value == pytest.approx(alone.value)
     ratio = (together.upper - together.lower) / (alone.upper - alone.lower)
     assert ratio == pytest.approx(math.sqrt(40), rel=0.15)
+
+
+def test_a_mean_over_groups_varies_only_by_what_varies_within_them() -> None:
+    generator = torch.Generator().manual_seed(6)
+    # Pooled, a resample with more of the first group's items would have a larger mean.
+    groups = [torch.full((n, 1), level) for n, level in ((40, 0.9), (5, 0.1))]
+    still = bootstrap_within(groups, first)
+    assert [still.value, still.lower, still.upper] == pytest.approx([0.5] * 3)
+    spread = [torch.randn(n, 1, generator=generator).double() for n in (50, 200)]
+    found = bootstrap_within(spread, first)
+    assert found.value == pytest.approx(float(spread[0].mean() + spread[1].mean()) / 2)
+    error = math.sqrt(sum(float(each.var(correction=0)) / len(each) for each in spread)) / 2
+    assert found.upper - found.lower == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert bootstrap_within(spread[:1], first) == bootstrap(spread[0], first)
+    assert math.isnan(bootstrap_within([*spread, torch.ones(1, 1)], first).lower)
 
 
 def test_a_bootstrap_repeats_with_its_seed_and_ignores_the_order_of_columns_means() -> None:

@@ -22,7 +22,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.target.open import open_target
 from spectool.errors import UsageError
 from spectool.evaluate.intervals import mcnemar, share
-from spectool.evaluate.measures.tasks import compare
+from spectool.evaluate.measures.tasks import compare, recover
 from spectool.evaluate.tasks import scorer as scoring
 from spectool.evaluate.tasks.answers import Answers, Question
 from spectool.evaluate.tasks.kept import KeptAnswers
@@ -208,6 +208,15 @@ def test_metrics_that_are_no_shares_are_compared_too() -> None:
     assert found.recovery.value == pytest.approx(perplexity(reference) / perplexity(own))
     bare = compare(own, reference, median, higher=True)
     assert bare.score.value == -2.5 and math.isnan(bare.score.lower) and bare.recovery is None
+
+
+def test_recovery_is_of_the_mean_over_tasks_in_every_resample() -> None:
+    def repeat(count: int, own: float, reference: float) -> dict[str, torch.Tensor]:
+        return {"acc": torch.tensor([[own, reference]] * count, dtype=torch.float64)}
+
+    # Of tasks whose items are all alike no resample has another mean, whatever their sizes.
+    found = recover({"long": repeat(400, 0.9, 1), "short": repeat(5, 0.1, 0.5)})
+    assert [found.value, found.lower, found.upper] == pytest.approx([1 / 1.5] * 3)
 
 
 def test_the_local_tasks_are_complete() -> None:
