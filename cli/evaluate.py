@@ -58,6 +58,9 @@ def _describe_windows(windows: Windows) -> str:
             f"windows of {windows.length} tokens, {windows.stride} tokens apart, {begins}, each "
             "token scored in the first window that holds it"
         )
+    if windows.protocol == "documents":
+        first = "; the first token of each not scored" if windows.bos is None else ""
+        return f"each document by itself, at most {windows.length} tokens, {begins}{first}"
     if windows.protocol == "c4":
         return (
             f"windows of {windows.length} tokens at random places of long documents, the first "

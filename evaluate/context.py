@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.checkpoint.dtypes import parse_dtype
-from spectool.checkpoint.headers import Layout
+from spectool.checkpoint.headers import Layout, read_json
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.data.states import StateCodec
 from spectool.data.stored_log_probs import LogProbsWriter, StoredLogProbs, expected_bytes
@@ -48,6 +48,7 @@ from spectool.evaluate.tasks.load import TaskSet
 from spectool.machine import available_memory
 from spectool.model.lm_head import read_lm_head
 from spectool.model.loading import (
+    GENERATION,
     check_device,
     default_dtype,
     hash_vocabulary,
@@ -165,7 +166,11 @@ class Context:
             if options.save_reference is not None and options.stride is not None:
                 raise UsageError("--save-reference keeps windows that do not overlap: no --stride")
             windows = make_windows(
-                options, self.tokenizer, self._context_length, reporter=self.reporter
+                options,
+                self.tokenizer,
+                self._context_length,
+                end=self._end_id(),
+                reporter=self.reporter,
             )
             origin = f"{self.checkpoint.path}: its tokenizer"
             text = ", ".join(options.text) or BUILTIN
@@ -176,6 +181,21 @@ class Context:
             saved_bytes = expected_bytes(windows, self.vocabulary, options.save_top_k)
         self.reporter.plan(Plan(text=str(text), windows=windows, saved_bytes=saved_bytes))
         return windows
+
+    def _end_id(self) -> int | None:
+        """Return the first id that ends a text, of the generation configuration or the tokenizer.
+
+        Raises:
+            CheckpointError: the generation configuration is damaged, or its ids are none.
+        """
+        path = self.checkpoint.path / GENERATION
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        if found is None:
+            found = self.tokenizer.eos_token_id
+        first = found[0] if isinstance(found, list) and found else found
+        if first is not None and type(first) is not int:
+            raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected an id or several")
+        return first
 
     def setting(self) -> dict[str, object]:
         """Return what two results have in common that can be compared, as far as it is needed."""

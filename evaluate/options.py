@@ -31,10 +31,11 @@ class EvalOptions(TextOptions):
         "earlier window held; default: no overlap",
         minimum=1,
     )
-    protocol: Literal["text", "wikitext2", "c4"] = option(
+    protocol: Literal["text", "documents", "wikitext2", "c4"] = option(
         "text",
-        "How the text becomes windows: as it is, or as published tables have WikiText-2 (lines "
-        "joined by blank lines) and C4 (256 random windows of long documents)",
+        "How the text becomes windows: as it is, each document by itself with the token that ends "
+        "it, or as published tables have WikiText-2 (lines joined by blank lines) and C4 (256 "
+        "random windows of long documents)",
     )
     bos: bool = option(False, "Start each window with the BOS token", switch=True)
     limit: int | None = option(None, "Use only the first N characters of the text", minimum=1)

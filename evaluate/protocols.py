@@ -1,14 +1,17 @@
 """Protocols of perplexity: how a text becomes the windows of tokens that are scored.
 
-`text` takes the text as it is. The other two are those of published tables, so that figures can be
-compared with them; both are the data loaders that the scripts of GPTQ (Frantar et al., 2023)
-brought into use, with the tokenizer's own special tokens at the start of what is encoded.
+`text` takes the text as it is. `documents` takes each document by itself, with the token that ends
+it. The other two are those of published tables, so that figures can be compared with them; both are
+the data loaders that the scripts of GPTQ (Frantar et al., 2023) brought into use, with the
+tokenizer's own special tokens at the start of what is encoded.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +29,14 @@ C4_WINDOWS = 256
 
 
 def make_windows(
-    options: EvalOptions, tokenizer: Any, context: int, *, reporter: Reporter = SILENT
+    options: EvalOptions,
+    tokenizer: Any,
+    context: int,
+    *,
+    end: int | None = None,
+    reporter: Reporter = SILENT,
 ) -> Windows:
-    """Cut the texts into windows.
+    """Cut the texts into windows; `end` is the id that ends a text of `documents`.
 
     Raises:
         InputError: an option does not fit the model or the protocol, or the text is too short.
@@ -38,7 +46,7 @@ def make_windows(
         raise UsageError(f"--window {length}: the model's context is {context}")
     if options.bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos: the tokenizer has no BOS token")
-    if options.protocol != "text":
+    if options.protocol in ("wikitext2", "c4"):
         _check_published(options)
     documents = [builtin_text(MIXED)]
     if options.text:
@@ -54,8 +62,17 @@ def make_windows(
         return _c4(documents, tokenizer, length)
     if options.protocol == "wikitext2":
         return _wikitext2(documents, tokenizer, length)
-    ids = encode(tokenizer, "\n\n".join(documents)[: options.limit])
     bos = tokenizer.bos_token_id if options.bos else None
+    if options.protocol == "documents":
+        if options.stride is not None:
+            raise UsageError("--protocol documents has no --stride; leave it out")
+        if options.limit is not None:
+            sizes = itertools.accumulate(map(len, documents))
+            documents = [
+                text for text, size in zip(documents, sizes, strict=True) if size <= options.limit
+            ]
+        return _documents(documents, tokenizer, length, bos, end)
+    ids = encode(tokenizer, "\n\n".join(documents)[: options.limit])
     return cut(ids, length=length, bos=bos, stride=options.stride)
 
 
@@ -66,6 +83,26 @@ def _check_published(options: EvalOptions) -> None:
             raise UsageError(f"--protocol {options.protocol} has no --{name}; leave it out")
     if not options.text:
         raise UsageError(f"--protocol {options.protocol} needs its text: --text FILE")
+
+
+def _documents(
+    documents: Sequence[str], tokenizer: Any, length: int, bos: int | None, end: int | None
+) -> Windows:
+    """Make a window of the start of each document, those of one length in one group.
+
+    The token that ends a text follows it, and is scored where the window has room for it.
+    """
+    start, last = [] if bos is None else [bos], [] if end is None else [end]
+    rows: dict[int, list[list[int]]] = defaultdict(list)
+    for text in documents:
+        row = [*start, *encode(tokenizer, text), *last][:length]
+        # Of a single token nothing can be scored.
+        if len(row) > 1:
+            rows[len(row)].append(row)
+    if not rows:
+        raise TextError("no document has a token that can be scored")
+    groups = tuple(torch.tensor(rows[size]) for size in sorted(rows, reverse=True))
+    return Windows(groups, length, bos, protocol="documents")
 
 
 def _wikitext2(documents: Sequence[str], tokenizer: Any, length: int) -> Windows:

@@ -227,10 +227,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What runs keep for later ones stays out of the user's folders."""
+def own_cache(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[None]:
+    """Keep what runs leave for later ones out of the user's folders.
+
+    Compiled kernels stay in the tree for later sessions: their names have a hash of the sources.
+    """
+    cache, kernels = tmp_path_factory.mktemp("cache"), pytestconfig.rootpath / "build/test-kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (cache / "spectool").mkdir()
+    (cache / "spectool/kernels").symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
 
 

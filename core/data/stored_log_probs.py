@@ -197,11 +197,8 @@ class StoredLogProbs:
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not a reference file (--save-reference)") from error
         self.entries = {entry.name: entry for entry in entries}
-        groups = [
-            read_tensor(self.entries[name]).long()
-            for name in sorted(self.entries)
-            if name.startswith("ids.")
-        ]
+        count = sum(name.startswith("ids.") for name in self.entries)
+        groups = [read_tensor(self.entries[f"ids.{i}"]).long() for i in range(count)]
         of = self.record
         self.windows = Windows(tuple(groups), of.length, of.bos, protocol=of.protocol)
 

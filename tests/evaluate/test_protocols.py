@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spectool.data.stored_log_probs import StoredLogProbs
 from spectool.data.windows import cut
 from spectool.decode.options import CacheOptions
 from spectool.errors import TextError, UsageError
@@ -105,6 +106,41 @@ def test_c4_is_the_customary_script(model: str, tmp_path: Path) -> None:
     assert found["value"] == pytest.approx(script(model, torch.hstack(valenc), length), rel=1e-4)
     with pytest.raises(TextError, match="no document has more tokens than a window of 256"):
         perplexity(model, path, protocol="c4", window=256)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_documents_are_scored_one_by_one_with_the_end(
+    model: str, tmp_path: Path, bos: bool
+) -> None:
+    """Also from a saved reference, whose windows have more than ten lengths."""
+    generator = random.Random(2)
+    words = ["import", "os", "from", "pathlib", "def", "run", "return", "self", "sheep"]
+    documents = [" ".join(generator.choices(words, k=count)) for count in range(1, 60)]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    settings = Path(model, "generation_config.json")
+    settings.write_text(json.dumps({"eos_token_id": [7, 5]}))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    total = count = 0
+    for text in documents:
+        ids = [*tokenizer(text, add_special_tokens=False).input_ids, 7]
+        ids = ([tokenizer.bos_token_id] * bos + ids)[:64]
+        if len(ids) > 1:
+            with torch.inference_mode():
+                loss = hf(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+            total, count = total + float(loss) * (len(ids) - 1), count + len(ids) - 1
+    saved = tmp_path / "reference.safetensors"
+    found = perplexity(model, path, protocol="documents", window=64, bos=bos, save_reference=saved)
+    assert found["value"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["tokens"] == count and found["protocol"] == "documents"
+    kept = StoredLogProbs(saved).windows
+    sizes = [ids_SL.shape[1] for ids_SL in kept.groups]
+    assert len(sizes) > 10 and sizes == sorted(sizes, reverse=True)
+    with pytest.raises(UsageError, match="has no --stride"):
+        perplexity(model, path, protocol="documents", stride=4)
+    with pytest.raises(TextError, match="no document has a token that can be scored"):
+        perplexity(model, path, protocol="documents", limit=1)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(64, 16), (64, 23), (50, 49)])
