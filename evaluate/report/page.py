@@ -25,8 +25,8 @@ from spectool.picture import SUFFIXES, inline_svg, load_matplotlib, render, styl
 
 # In the order of the page; each is a module of `sections`.
 SECTIONS = (
-    "gates", "checkpoints", "tasks", "trust", "layers", "speed", "depth", "losslessness",
-    "training", "figures", "commands",
+    "gates", "checkpoints", "tasks", "trust", "decoder_layers", "layers", "speed", "depth",
+    "losslessness", "training", "figures", "commands",
 )  # fmt: skip
 _HERE = Path(__file__).parent
 

@@ -20,7 +20,7 @@ from spectool.evaluate.report.runs import Run
 # Shown elsewhere on the page, or no figures.
 _ELSEWHERE = (
     "schema_version", "format_version", "machine", "read", "gates", "engine", "other_runs",
-    "layers", "categories", "dimensions", "not_measured", "limits",
+    "layers", "decoder_layers", "categories", "dimensions", "not_measured", "limits",
 )  # fmt: skip
 _INTERVAL = ("value", "lower", "upper")
 # Numbers of a list that are shown.

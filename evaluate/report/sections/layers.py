@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,11 @@ from spectool.evaluate.report.content import (
     slug,
     text_of,
 )
-from spectool.evaluate.report.curves import WIDTH, short
+from spectool.evaluate.report.heat import Square, draw_heat
 from spectool.evaluate.report.runs import Run
-from spectool.picture import HEAT, INK, LINE, make_figure
 
 # Heat maps drawn at most: those with the largest errors.
 _MAPS = 8
-_PALEST = 0.05
 
 Layers = Sequence[Mapping[str, Any]]
 
@@ -93,31 +90,15 @@ def _draw(layers: Layers, hints: dict[str, str]) -> Any:
         cells[place] = max(layer["error"], cells.get(place, 0.0))
     blocks = sorted({block for block, _ in cells})
     names = list(dict.fromkeys(name for _, name in cells))
-    whole = make_figure(WIDTH, 1.0 + 0.17 * max(3, len(blocks)))
-    panel = whole.subplots()
-    worst = max(cells, key=lambda place: cells[place])
-    for number, ((block, name), error) in enumerate(cells.items()):
-        share = max(0.0, 1 + math.log10(error / cells[worst])) if error > 0 else 0.0
-        corner = names.index(name), blocks.index(block)
-        gid = f"cell-{number}"
-        hints[gid] = f"block {block}, {name}: {text_of(error)}" if block >= 0 else name
-        alpha = _PALEST + (1 - _PALEST) * share
-        _fill(panel, *corner, facecolor=HEAT, alpha=alpha, linewidth=0, gid=gid)
-        if (block, name) == worst:
-            _fill(panel, *corner, facecolor="none", edgecolor=INK)
-    panel.set_xlim(0, len(names))
-    panel.set_ylim(len(blocks), 0)
+    squares = []
+    for (block, name), error in cells.items():
+        hint = f"block {block}, {name}: {text_of(error)}" if block >= 0 else name
+        squares.append(Square(blocks.index(block), names.index(name), error, hint))
     ends = [name.rpartition(".")[2] for name in names]
-    labels = [short(name, 20) for name in (ends if len(set(ends)) == len(ends) else names)]
-    panel.set_xticks([at + 0.47 for at in range(len(names))], labels, rotation=35, ha="right")
-    step = math.ceil(len(blocks) / 24)
-    shown = list(enumerate(blocks))[::step]
-    panel.set_yticks([at + 0.45 for at, _ in shown], [b if b >= 0 else "outside" for _, b in shown])
-    panel.set_ylabel("block")
-    panel.tick_params(length=0)
-    panel.spines[:].set_color(LINE)
-    return whole
-
-
-def _fill(panel: Any, column: int, row: int, **look: Any) -> None:
-    panel.barh(row + 0.45, 0.94, 0.9, left=column, **look)
+    return draw_heat(
+        squares,
+        hints,
+        rows=[block if block >= 0 else "outside" for block in blocks],
+        columns=ends if len(set(ends)) == len(ends) else names,
+        labels={"y": "block"},
+    )

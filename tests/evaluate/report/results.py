@@ -57,6 +57,17 @@ def evaluation(method: str, bits: float, ratio: float, kl: float) -> dict[str, A
                 "accuracy": {"items": 40, "score": {"value": 0.5, "lower": 0.25, "upper": 0.75}}
             }
         },
+        "decoder_layers": [
+            {
+                "name": f"model.layers.{block}",
+                "error": {"value": kl * (1 + block), "lower": kl, "upper": 3 * kl},
+                "hidden_error": {"value": 0.125, "lower": 0.0625, "upper": 0.25},
+                "hidden_cosine": {"value": 0.9921875, "lower": 0.984375, "upper": 1.0},
+                "attention": None,
+                "gates": {"agreement": {"value": 0.96875, "lower": 0.9375, "upper": 1.0}},
+            }
+            for block in range(2)
+        ],
         "read": [{"source": "texts/stories.txt", "rows": 1}],
     }
 

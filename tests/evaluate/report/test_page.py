@@ -128,7 +128,7 @@ def test_headings_tables_and_pictures_can_be_read_by_others(page: Page) -> None:
     assert len(page.all("table")) == len(page.all("caption"))
     assert all("scope" in attributes for attributes, _ in page.all("th"))
     pictures = page.all("svg")
-    assert len(pictures) == 9 and all(each["role"] == "img" for each, _ in pictures)
+    assert len(pictures) == 10 and all(each["role"] == "img" for each, _ in pictures)
     titles = [text for each, text in page.all("title") if "-title" in (each.get("id") or "")]
     assert titles == [text for _, text in page.all("figcaption")]
     assert page.all("html")[0][0]["lang"] == "en"
@@ -200,6 +200,24 @@ def test_points_and_cells_say_what_they_are(page: Page) -> None:
     assert "packed-rtn-3: 3.378 bits, 1.008 [0.9453, 1.039]" in hints
     assert "block 1, mlp.down_proj: 0.25" in hints
     assert any("the largest is 0.25, model.layers.1" in text for text in hints)
+
+
+def test_the_worst_decoder_layer_of_all_checkpoints_is_named(page: Page) -> None:
+    hints = [text for _, text in page.all("title")]
+    worst = max(
+        (run for run in results.ALL.values() if "decoder_layers" in run),
+        key=lambda run: run["decoder_layers"][1]["error"]["value"],
+    )
+    error = worst["decoder_layers"][1]["error"]["value"]
+    title = f"the largest is {error:.4g}, model.layers.1 of {worst['model']}"
+    assert any(title in text for text in hints)
+    assert any(
+        text.startswith(f"model.layers.1 of {worst['model']}: {error:.4g} [") for text in hints
+    )
+    rows = [text for _, text in page.all("tr") if text.startswith("model.layers.1")]
+    assert any("0.9688 [0.9375, 1]" in text and "0.9922 [" in text for text in rows)
+    # No result has figures of attention, so no table has their columns.
+    assert not any("Collapsed heads" in text for _, text in page.all("th"))
 
 
 def test_pictures_are_files_too(made: tuple[Path, list[Path]]) -> None:
