@@ -53,7 +53,10 @@ class RunOptions(Config):
         written=True,
     )
     junit: Path | None = option(
-        None, "File for stages and gates as JUnit XML, written whatever comes of them", written=True
+        None,
+        "File for stages and gates as JUnit XML, written whatever comes of them; until the run "
+        "ends it holds an error",
+        written=True,
     )
     summary: Path | None = option(
         None, "File for a summary in Markdown, written whatever comes of the run", written=True
@@ -89,6 +92,8 @@ def run(output: Output, options: RunOptions) -> None:
         return
     output.resume = "run the same command to continue"
     with locked(folder, plans) as lock:
+        # Killed, this run must not leave the reports of an earlier one.
+        _write_reports(options, folder.name, {})
         found = execution.run(functools.partial(start_process, lock=lock))
     _write_reports(options, folder.name, found)
     for path in write_cards(found, {plan.variant.name: plan.model for plan in plans}):
@@ -102,7 +107,7 @@ def run(output: Output, options: RunOptions) -> None:
 
 
 def _write_reports(options: RunOptions, name: str, found: Mapping[str, Sequence[Outcome]]) -> None:
-    """Write what CI services read."""
+    """Write what CI services read; without outcomes, that the run did not end."""
     from spectool.recipe.junit import as_junit
     from spectool.recipe.summary import as_markdown
 

@@ -119,13 +119,10 @@ class Execution:
         return found
 
     def _foresee(self, planned: PlannedStage, before: Sequence[Outcome]) -> Outcome:
+        if (blocked := _find_block(planned, before, self._ended)) is not None:
+            return self._skipped(planned, blocked)
         if (known := self._ended.get(planned.identity)) is not None:
             return _shared(known)
-        blocked = _find_block(planned, before, self._ended)
-        if blocked is not None:
-            return Outcome(
-                planned=planned, command=self._words(planned), state="skipped", reason=blocked
-            )
         first = next(
             (each.stage for each in planned.takes if self._ended[each.identity].state == "runs"),
             None,
@@ -141,6 +138,10 @@ class Execution:
 
     def _pending(self, planned: PlannedStage, reason: str) -> Outcome:
         return Outcome(planned=planned, command=self._words(planned), state="runs", reason=reason)
+
+    def _skipped(self, planned: PlannedStage, reason: str) -> Outcome:
+        command = self._words(planned)
+        return Outcome(planned=planned, command=command, state="skipped", reason=reason)
 
     def _cached(self, planned: PlannedStage) -> Outcome:
         """Return the outcome of a stage's last run."""
@@ -176,6 +177,7 @@ class Execution:
                 found[name].append(outcome)
                 self.reporter.event(StageEnds(outcome=outcome, variant=name))
                 if outcome.result is not None and name != planned.home:
+                    self._forget(name, planned)
                     folder.write_result(planned, outcome.result)
                     self._keep_record(name, self._records[planned.home][planned.stage])
         self._forget_skipped(found)
@@ -197,7 +199,16 @@ class Execution:
             for planned in (outcome.planned for outcome in outcomes if outcome.state == "skipped"):
                 # In its home another variant, whose gates hold, may have run it.
                 if planned.home != name or planned.identity not in self._ended:
-                    self.folders[name].forget(planned)
+                    self._forget(name, planned)
+
+    def _forget(self, variant: str, planned: PlannedStage) -> None:
+        """Remove a stage's result and record, so that no record ever stands beside a later result.
+
+        A kill between the two would leave one that is taken for cached once its options are back.
+        """
+        self.folders[variant].forget(planned)
+        if self._records[variant].pop(planned.stage, None) is not None:
+            self.folders[variant].write_records(self._records[variant])
 
     def _end(
         self,
@@ -208,14 +219,12 @@ class Execution:
         start: Start,
     ) -> Outcome:
         """Run a stage unless it is cached, shared or may not run."""
+        # A skipped stage of one variant may run in another, whose gates hold, before it or after.
+        if (blocked := _find_block(planned, before, self._ended)) is not None:
+            return self._skipped(planned, blocked)
         if (known := self._ended.get(planned.identity)) is not None:
             return _shared(known)
-        blocked = _find_block(planned, before, self._ended)
-        if blocked is not None:
-            outcome = Outcome(
-                planned=planned, command=self._words(planned), state="skipped", reason=blocked
-            )
-        elif (reason := self._reason_to_run(planned, key := self._key(planned))) is None:
+        if (reason := self._reason_to_run(planned, key := self._key(planned))) is None:
             outcome = self._cached(planned)
         else:
             number = len(self._ended) + 1
@@ -224,14 +233,12 @@ class Execution:
                 StageStarts(outcome=pending, variant=variant, number=number, total=total)
             )
             outcome = self._run(planned, key, start)
-        # A skipped stage of one variant may run in another, whose gates hold.
-        if outcome.state != "skipped":
-            self._ended[planned.identity] = outcome
+        self._ended[planned.identity] = outcome
         return outcome
 
     def _run(self, planned: PlannedStage, key: str, start: Start) -> Outcome:
         folder = self.folders[planned.home]
-        folder.forget(planned)
+        self._forget(planned.home, planned)
         outcome = _call(self._pending(planned, ""), start)
         if outcome.result is not None:
             folder.write_result(planned, outcome.result)

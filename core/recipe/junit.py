@@ -7,15 +7,23 @@ from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
 from spectool.recipe.execute import Outcome
+from spectool.recipe.summary import UNFINISHED
 
 
 def as_junit(name: str, found: Mapping[str, Sequence[Outcome]]) -> bytes:
     """Return the XML of a run with this name; `found` has the outcomes by variant.
 
+    Without any it is an error: the report of a run that did not end.
     A gate that does not hold is a failure, a stage that failed an error; what does not run is
     skipped.
     """
     root = ElementTree.Element("testsuites", name=name)
+    if not found:
+        suite = ElementTree.SubElement(
+            root, "testsuite", name=name, tests="1", failures="0", errors="1", skipped="0"
+        )
+        case = ElementTree.SubElement(suite, "testcase", classname=name, name="run")
+        ElementTree.SubElement(case, "error", message=UNFINISHED)
     for variant, outcomes in found.items():
         suite = ElementTree.SubElement(root, "testsuite", name=variant or name)
         for outcome in outcomes:
@@ -48,5 +56,6 @@ def _add_stage(suite: ElementTree.Element, outcome: Outcome) -> None:
             suite, "testcase", classname=f"{where}.{stage}", name=f"gate {gate['expression']}"
         )
         if not gate["holds"]:
-            message = f"{gate['expression']} does not hold: {gate['value']}"
+            value = "not a number" if gate["value"] is None else gate["value"]
+            message = f"{gate['expression']} does not hold: {value}"
             ElementTree.SubElement(case, "failure", message=message)

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from spectool.recipe.execute import Outcome
 from spectool.recipe.figures import figures_of
 
+# Said by the reports of a run until it ends.
+UNFINISHED = "the run did not end"
+
 _STATES = {
     "done": "done",
     "cached": "cached",
@@ -19,8 +22,11 @@ _STATES = {
 
 
 def as_markdown(name: str, found: Mapping[str, Sequence[Outcome]]) -> bytes:
-    """Return the summary of a run with this name; `found` has the outcomes by variant."""
-    lines = [f"# {name}", ""]
+    """Return the summary of a run with this name; `found` has the outcomes by variant.
+
+    Without any it is that of a run that did not end.
+    """
+    lines = [f"# {name}", "", *(() if found else (f"**{UNFINISHED}**", ""))]
     for variant, outcomes in found.items():
         lines += [f"## {variant}", ""] if variant else []
         lines += ["| stage | | seconds |", "|---|---|---:|"]

@@ -239,6 +239,86 @@ def test_shared_options_are_checked_without_torch(recipe: dict[str, Any]) -> Non
     assert "line 14: eval.txt: no option of eval" in done.stderr
 
 
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Stages that do nothing; `eval` prints its words, and its gate holds if it is `kl<=99`."""
+    commands: list[list[str]] = []
+
+    def start(words: Sequence[str], *, lock: int) -> tuple[int, str]:
+        commands.append(list(words))
+        if words[0] != "eval":
+            return 0, "{}"
+        holds = "kl<=99" in words
+        gate = {"expression": "kl", "value": 1.0, "holds": holds}
+        return (0 if holds else 3), json.dumps({"words": words, "gates": [gate]})
+
+    monkeypatch.setattr(execute, "start_process", start)
+    return commands
+
+
+@pytest.mark.parametrize("gates", [["kl<=99", "kl<=0"], ["kl<=0", "kl<=99"]])
+def test_a_shared_stage_does_not_run_in_the_variant_that_a_gate_ended(
+    spectool: Spectool, recipe: dict[str, Any], faked: list[list[str]], gates: list[str]
+) -> None:
+    del recipe["train-heads"]
+    recipe["matrix"] = {"eval.gate": gates}
+    for words in ((), (), ("--dry-run",)):
+        done = spectool("run", write(recipe), *words, "--json")
+        assert done.code == (0 if words else 3)
+        holding, failing = (
+            {stage["stage"]: stage for stage in done.json["variants"][gates.index(gate)]["stages"]}
+            for gate in ("kl<=99", "kl<=0")
+        )
+        assert holding["bench"]["state"] in ("done", "cached")
+        assert failing["eval"]["state"] == "gate" and failing["bench"]["state"] == "skipped"
+        assert failing["bench"]["reason"] == "the gate kl of eval does not hold"
+    assert sorted(words[0] for words in faked) == ["bench", "eval", "eval", "quantize"]
+
+
+def test_a_result_whose_record_was_not_written_is_not_that_of_other_options(
+    spectool: Spectool,
+    recipe: dict[str, Any],
+    faked: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    del recipe["train-heads"], recipe["bench"]
+    recipe["eval"]["gate"] = "kl<=99"
+    assert spectool("run", write(recipe)).code == 0
+    whole = Path("release/results/05-eval.json").read_text()
+
+    def kill(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute.Execution, "_keep_record", kill)
+        assert spectool("run", "release.yaml", "eval.window=32").code == 130
+    again = spectool("run", "release.yaml", "--json")
+    assert states(again) == {"quantize": "cached", "eval": "done"}
+    assert Path("release/results/05-eval.json").read_text() == whole
+
+
+def test_an_interrupted_run_leaves_no_earlier_success(
+    spectool: Spectool,
+    recipe: dict[str, Any],
+    faked: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = {name: recipe[name] for name in ("model", "quantize")}
+    words = ("run", write(recipe), "--junit", "junit.xml", "--summary", "summary.md")
+    assert spectool(*words).code == 0
+    (suite,) = ElementTree.parse("junit.xml").getroot()
+    assert suite.get("errors") == "0" and "| quantize | done |" in Path("summary.md").read_text()
+    # A dry run writes nothing.
+    assert spectool(*words, "--dry-run").code == 0
+    assert "| quantize | done |" in Path("summary.md").read_text()
+    monkeypatch.setattr(execute, "start_process", lambda words, *, lock: (execute.INTERRUPTED, ""))
+    assert spectool(*words, "quantize.bits=4").code == 130
+    (suite,) = ElementTree.parse("junit.xml").getroot()
+    (error,) = suite.findall("testcase/error")
+    assert suite.get("errors") == "1" and error.get("message") == "the run did not end"
+    assert "**the run did not end**" in Path("summary.md").read_text()
+
+
 def test_a_folder_that_no_run_made_is_left_alone(
     spectool: Spectool, recipe: dict[str, Any], started: list[list[str]]
 ) -> None:
