@@ -289,7 +289,7 @@ class Context:
         """
         if not self.fits(self.checkpoint):
             return None
-        return self.prompts or _cut_openings(self.windows, self.tokenizer, self._context_length)
+        return self.prompts or cut_openings(self.windows, self.tokenizer, self._context_length)
 
     @property
     def new_tokens(self) -> int:
@@ -384,15 +384,19 @@ class Context:
         )
 
 
-def _cut_openings(windows: Windows, tokenizer: Any, context: int) -> list[Prompt]:
-    """Cut openings out of the text at equal distances, each after the tokenizer's start token."""
-    ids_T = torch.cat([ids_SL[:, windows.bos is not None :].flatten() for ids_SL in windows.groups])
+def cut_openings(windows: Windows, tokenizer: Any, context: int) -> list[Prompt]:
+    """Cut openings out of the text at equal distances, each after the tokenizer's start token.
+
+    An opening is of one text (`Windows.texts`).
+    """
+    texts = windows.texts()
     start = [] if windows.bos is None else [windows.bos]
     start = start or list(tokenizer("", verbose=False)["input_ids"])[:1]
-    size = max(1, min(OPENING_TOKENS, context // 2 - 1, len(ids_T)))
-    count = min(OPENINGS, len(ids_T) // size)
-    starts = [(len(ids_T) - size) * index // max(1, count - 1) for index in range(count)]
-    return [Prompt([*start, *ids_T[at : at + size].tolist()]) for at in starts]
+    size = max(1, min(OPENING_TOKENS, context // 2 - 1, max(map(len, texts))))
+    count = min(OPENINGS, sum(len(ids_T) // size for ids_T in texts))
+    places = [(ids_T, at) for ids_T in texts for at in range(len(ids_T) - size + 1)]
+    chosen = [places[(len(places) - 1) * index // max(1, count - 1)] for index in range(count)]
+    return [Prompt([*start, *ids_T[at : at + size].tolist()]) for ids_T, at in chosen]
 
 
 def _check_windows(options: EvalOptions, saved: StoredLogProbs, context: int) -> None:

@@ -93,6 +93,20 @@ class Windows:
         groups = zip(self.groups, self.scored, strict=True)
         return torch.cat([ids_SL[:, -scored:].flatten() for ids_SL, scored in groups])
 
+    def texts(self) -> list[Tensor]:
+        """Return the consecutive tokens that the windows were cut of, without start tokens.
+
+        Windows of the protocol `c4` are of different documents, each a text of its own.
+        """
+        inside = [ids_SL[:, self.bos is not None :] for ids_SL in self.groups]
+        if self.protocol == "c4":
+            return [ids_L for ids_SL in inside for ids_L in ids_SL]
+        if self.stride is not None:
+            # Of windows that overlap, what no earlier one held.
+            held = zip(self.groups[1:], self.scored[1:], strict=True)
+            inside[1:] = [ids_SL[:, -scored:] for ids_SL, scored in held]
+        return [torch.cat([ids_SL.flatten() for ids_SL in inside])]
+
     def digest(self) -> str:
         """Return `sha256:...` of the tokens of all windows."""
         digest = hashlib.sha256()

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from spectool.cli import app
 from spectool.data.text import read_prompts
+from spectool.data.windows import Windows, cut
 from spectool.decode.generate import generate
 from spectool.decode.options import CacheOptions
 from spectool.errors import UnsupportedError, UsageError
-from spectool.evaluate.context import Context
+from spectool.evaluate.context import Context, cut_openings
 from spectool.evaluate.measures.generation import Generation, ends_in_cycle, repeated_share
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
@@ -103,6 +104,38 @@ def test_openings_are_cut_out_of_the_text(checkpoint: Callable[..., Path]) -> No
     assert len(openings) == 16 and context.new_tokens == 64
     assert openings[0] == [0, *ids[:32]] and openings[-1] == [0, *ids[-32:]]
     assert Context(load, EvalOptions(window=64, blockwise=True)).openings is None
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize("stride", [None, 10])
+def test_openings_of_windows_that_overlap_are_of_the_text(
+    bos: int | None, stride: int | None
+) -> None:
+    ids = list(range(1, 1003))
+    windows = cut(ids, length=48, bos=bos, stride=stride)
+    (text,) = windows.texts()
+    assert text.tolist() == ids[: len(text)] and len(text) >= 1000 - 48
+    check_consecutive(windows, 16)
+
+
+@pytest.mark.parametrize(("length", "count"), [(40, 2), (40, 30), (33, 30), (20, 5)])
+def test_openings_are_of_one_document_each(length: int, count: int) -> None:
+    rows = [list(range(1000 * row, 1000 * row + length)) for row in range(count)]
+    windows = Windows((torch.tensor(rows),), length, None, protocol="c4")
+    found = check_consecutive(windows, min(16, count))
+    assert len({tokens[0] // 1000 for tokens in found}) == len(found)
+
+
+def check_consecutive(windows: Windows, count: int) -> list[list[int]]:
+    """Return the openings after a start token, so many, of windows whose tokens count upwards."""
+    prompts = [
+        prompt.given for prompt in cut_openings(windows, lambda *_, **__: {"input_ids": [0]}, 2048)
+    ]
+    found = [list(tokens[1:]) for tokens in prompts if isinstance(tokens[0], int)]
+    assert len(found) == count and all(tokens[0] == 0 for tokens in prompts)
+    for tokens in found:
+        assert tokens == list(range(tokens[0], tokens[0] + min(32, windows.length)))
+    return found
 
 
 def test_only_figures_that_the_run_has_can_be_gated(checkpoint: Callable[..., Path]) -> None:
