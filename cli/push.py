@@ -68,9 +68,9 @@ def _card(path: Path, base: str | None) -> str:
     from spectool.checkpoint.card import with_base
     from spectool.cli.cards import card_of
 
-    readme = path / README
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else str(card_of(path))
-    return text if base is None else with_base(text, base)
+    readme, made = path / README, card_of(path)
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else str(made)
+    return text if base is None else with_base(text, base, made.relation)
 
 
 def _stored(path: Path) -> Mapping[str, Checksums]:

@@ -106,8 +106,8 @@ class Card:
             yield from (*(f"- {line}" for line in self.measured_by), "")
 
 
-def with_base(text: str, base: str) -> str:
-    """Return a card's text with another base in its metadata.
+def with_base(text: str, base: str, relation: str) -> str:
+    """Return a card's text with another base in its metadata, and the relation to it.
 
     Raises:
         UsageError: the metadata are no YAML.
@@ -118,7 +118,7 @@ def with_base(text: str, base: str) -> str:
         card = ModelCard(text)
     except ValueError as error:
         raise UsageError(f"{README}: its metadata cannot be read: {error}") from error
-    card.data["base_model"] = base
+    card.data["base_model"], card.data["base_model_relation"] = base, relation
     return str(card.content)
 
 

@@ -64,6 +64,7 @@ def test_what_the_artifact_lists_is_uploaded_with_its_card(
     assert set(sent["allow_patterns"]) == set(contents(packed)) - {"README.md", "secret.txt"}
     data = ModelCard(card["path_or_fileobj"].decode()).data.to_dict()
     assert data["base_model"] == "a/b" and card["path_in_repo"] == "README.md"
+    assert data["base_model_relation"] == "quantized"
 
 
 def test_draft_heads_get_a_card_of_their_record(
@@ -77,6 +78,9 @@ def test_draft_heads_get_a_card_of_their_record(
     assert {"heads.safetensors", "spectool_heads.json", "README.md"} == found["files"].keys()
     assert ModelCard(found["card"]).data.to_dict()["tags"][1] == "medusa"
     assert not (heads / "README.md").exists()
+    named = ("push", heads, "owner/name", "--dry-run", "--base-model", "a/b", "--json")
+    data = ModelCard(spectool(*named).json["card"]).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("a/b", "adapter")
 
 
 def test_refusals_are_one_line(

@@ -51,11 +51,12 @@ def test_what_was_not_measured_is_not_claimed() -> None:
 
 
 def test_another_base_changes_nothing_else() -> None:
-    before, after = make(), with_base(make(), "owner/other")
-    assert ModelCard(after).data.to_dict()["base_model"] == "owner/other"
+    before, after = make(), with_base(make(), "owner/other", "merge")
+    data = ModelCard(after).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("owner/other", "merge")
     assert before.partition("\n---")[2] == after.partition("\n---")[2]
     with pytest.raises(UsageError, match="metadata cannot be read"):
-        with_base("---\n[1, 2]\n---\n", "owner/other")
+        with_base("---\n[1, 2]\n---\n", "owner/other", "merge")
 
 
 @pytest.mark.parametrize(
