@@ -67,7 +67,7 @@ class StoredTeacher:
         Raises:
             CheckpointError: they are not finite.
         """
-        names = ("logp",) if self.stored.is_lossless else ("logp", "top")
+        names = ("logp",) if self.stored.is_complete else ("logp", "top")
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for mask_L, sample in zip(mask_BL.cpu(), samples, strict=True):
             group, row = self._places[tuple(sample.tokens)]

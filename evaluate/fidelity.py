@@ -116,7 +116,7 @@ class StoredReference:
         """
         ours_RV = logp_BLV.flatten(0, 1).cpu()
         ref_RK = self.stored.read("logp", batch.group, batch.rows)
-        if self.stored.is_lossless:
+        if self.stored.is_complete:
             return _compare(ref_RK, ours_RV, batch.next_ids)
         kept_RK = self.stored.read("top", batch.group, batch.rows).long()
         chosen_R = self.stored.read("chosen", batch.group, batch.rows)

@@ -190,7 +190,7 @@ def _check_sampling(stored: StoredLogProbs, sampling: SamplingParams) -> None:
     if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size:
         raise UsageError("--replay knows no penalties: they depend on texts off the stored one")
     kept = stored.record.top_k
-    if sampling.greedy or stored.is_lossless or 0 < sampling.top_k <= kept:
+    if sampling.greedy or stored.is_complete or 0 < sampling.top_k <= kept:
         return
     raise UsageError(
         f"the file keeps the {kept} likeliest tokens, too few for this sampling",
@@ -259,7 +259,7 @@ def _read_windows(stored: StoredLogProbs) -> Iterator[_Window]:
     for group, ids_SL in enumerate(stored.windows.groups):
         for row, tokens_L in enumerate(ids_SL):
             kept = stored.read("logp", group, slice(row, row + 1))
-            if stored.is_lossless:
+            if stored.is_complete:
                 logp_LV = kept
             else:
                 top = stored.read("top", group, slice(row, row + 1)).long()

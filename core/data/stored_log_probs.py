@@ -203,7 +203,8 @@ class StoredLogProbs:
         self.windows = Windows(tuple(groups), of.length, of.bos, protocol=of.protocol)
 
     @property
-    def is_lossless(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether it gives the whole vocabulary's log-probabilities, by states up to `error`."""
         return self.record.top_k == 0
 
     @functools.cached_property
@@ -217,7 +218,7 @@ class StoredLogProbs:
     def read(self, name: str, group: int, windows: slice) -> Tensor:
         """Read `logp` [R, K], `top` [R, K] or `chosen` [R] of all scored tokens of some windows.
 
-        `top` are the tokens that `logp` belongs to; a lossless file has neither it nor `chosen`.
+        `top` are the tokens that `logp` belongs to; a complete file has neither it nor `chosen`.
 
         Raises:
             CheckpointError: they are not finite.

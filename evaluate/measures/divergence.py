@@ -19,6 +19,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from spectool.checkpoint.tensors import Checkpoint
 from spectool.data.stored_log_probs import StoredLogProbs
 from spectool.evaluate.context import Context, Need
 from spectool.evaluate.fidelity import Scores
@@ -56,7 +57,8 @@ class Divergences:
 class Divergence(Measure):
     """`kl_is_lower_bound`: the reference is a file without all log-probabilities.
 
-    `not_measured`: the figures that it cannot give, which are None.
+    `not_measured`: the figures that it cannot give, which are None. `reference_error`: the largest
+    error of its log-probabilities, of which all figures are, where it is a file of states.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("windows", "reference")
@@ -66,6 +68,7 @@ class Divergence(Measure):
     perplexity_difference: Interval
     kl: Divergences
     kl_is_lower_bound: bool
+    reference_error: float | None = None
     reverse_kl: Interval | None = None
     rms_delta_p: Interval
     top1_agreement: Interval
@@ -87,7 +90,8 @@ class Divergence(Measure):
             perplexity_ratio=scores.interval(both, lambda ours, theirs: (ours - theirs).exp()),
             perplexity_difference=scores.interval(both, lambda o, t: o.exp() - t.exp()),
             kl=_divergences(scores),
-            kl_is_lower_bound=isinstance(reference, StoredLogProbs) and not reference.is_lossless,
+            kl_is_lower_bound=isinstance(reference, StoredLogProbs) and not reference.is_complete,
+            reference_error=_error_of(reference),
             rms_delta_p=scores.interval(["delta_p_squared"], Tensor.sqrt),
             top1_agreement=scores.interval(["same_top"]),
             **found,
@@ -96,6 +100,11 @@ class Divergence(Measure):
 
     def lines(self) -> Iterator[str]:
         yield f"reference perplexity: {self.reference.perplexity:.4f}"
+        if self.reference_error is not None:
+            yield (
+                "the reference is kept as states: its log-probabilities are off by at most "
+                f"{self.reference_error:.1e}"
+            )
         yield f"perplexity ratio: {self.perplexity_ratio:.4f}"
         yield f"perplexity difference: {self.perplexity_difference:.4f}"
         least = "at least " if self.kl_is_lower_bound else ""
@@ -116,6 +125,13 @@ class Divergence(Measure):
         if self.not_measured:
             names = ", ".join(_PARTIAL[name] for name in self.not_measured)
             yield f"not in the reference's file: {names}"
+
+
+def _error_of(reference: StoredLogProbs | Checkpoint | None) -> float | None:
+    """Return the largest error of a reference's log-probabilities; None where there is none."""
+    if isinstance(reference, StoredLogProbs) and reference.record.width:
+        return reference.record.error
+    return None
 
 
 def _divergences(scores: Scores) -> Divergences:

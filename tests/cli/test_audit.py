@@ -80,7 +80,10 @@ def test_saved_states_serve_as_the_reference(
     assert blockwise.code == 0, blockwise.err
     live = spectool("eval", model, *common, "--reference", other, "--json").json
     for path in (saved, tmp_path / "b"):
-        read = spectool("eval", model, "--reference", path, "--json").json
+        shown = spectool("eval", model, "--reference", path, "--json")
+        read = shown.json
+        assert 0 < read["reference_error"] < 1e-4 and "reference_error" not in live
+        assert "log-probabilities are off by at most" in shown.err
         for name in ("perplexity_ratio", "kl"):
             assert read[name] == pytest.approx(live[name], rel=1e-4)
     assert spectool("eval", other, *common, "--save-states").code == 2

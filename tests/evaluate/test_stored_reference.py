@@ -97,7 +97,7 @@ def test_states_stand_for_all_log_probabilities(tmp_path: Path, batch_size: int)
         score(windows(), cast(Any, model), 60, sink=writer.add, batch_size=batch_size)
         writer.finish(source="sha256:0", tokenizer="0")
     saved = StoredLogProbs(path)
-    assert saved.is_lossless and saved.record.width == 4 and 0 < saved.record.error < 2e-5
+    assert saved.is_complete and saved.record.width == 4 and 0 < saved.record.error < 2e-5
     # 4 numbers a position, and the lm_head once.
     assert path.stat().st_size < expected_bytes(windows(), 4, 0) + 4 * 60 * 5 + 1200
     for batch in windows().batches(60, batch_size=2):
