@@ -19,6 +19,7 @@ from spectool.decode.cache import BatchCache
 from spectool.decode.target import row_attention
 from spectool.decode.target.base import Target
 from spectool.decode.tree import Draft, chain, root
+from spectool.model.experts import are_chosen
 from spectool.model.kernels import has_products
 
 # A node's parent is among so many nodes before it, which makes trees both deep and wide.
@@ -59,8 +60,10 @@ def promises_rows(target: Target[Any]) -> bool:
     """Whether no sum of a row's depends on the other rows, in products and in attention."""
     if target.rows_are_independent:
         return True
-    attention = target.model.config._attn_implementation
-    return has_products(target.model) and attention == row_attention.NAME
+    model = target.model
+    attends_by_row = model.config._attn_implementation == row_attention.NAME
+    # By modules routers multiply by torch.
+    return has_products(model) and attends_by_row and are_chosen(model)
 
 
 @torch.inference_mode()

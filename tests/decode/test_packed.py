@@ -13,12 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.decode.policy.curve import machine_key
 from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.open import open_target
+from spectool.decode.tree import chain
 from spectool.kernels import build
 from spectool.kernels.precision import EXACT_ONLY, PRECISIONS, precisions_of
 from spectool.kernels.products import PackedProduct
@@ -33,6 +41,7 @@ from ..conftest import COMMON, SHARED, tokenizer
 from .conftest import first_layers
 from .drafters import test_lossless as untrained
 from .drafters import test_trained as trained
+from .target.test_fused import alone
 
 pytestmark = pytest.mark.skipif(build.missing_products() is not None, reason="no kernel here")
 
@@ -72,6 +81,19 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mixture_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a mixture of experts whose layers are whole vectors of every processor."""
+    path = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = Qwen3MoeConfig(**{**COMMON, **sizes, **experts, "initializer_range": 0.2})
+    Qwen3MoeForCausalLM(config).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     """`packed(source, "rtn")`: the artifact, made once."""
     made: dict[tuple[Path, str], Path] = {}
@@ -91,8 +113,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     return make
 
 
-def load(path: Path, activations: str) -> PreTrainedModel:
-    model = load_model(open_checkpoint(path), dtype=torch.float32, activations=activations)
+def load(path: Path, activations: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = load_model(open_checkpoint(path), dtype=dtype, activations=activations)
     generation: Any = model.generation_config
     generation.eos_token_id = None
     return model
@@ -128,6 +150,28 @@ def test_drafted_text_is_plain_text(
     assert max(rows[len(rows) // 2 :]) > len(prompts)
     assert all(each.drafted > 0 and each.lossless for each in together)
     assert [each.token_ids for each in together] == [each.token_ids for each in plain]
+
+
+# Layers with matrices of `vq` keep their modules, which promise less.
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "activations"), [each for each in EACH if each[0] != "vq"])
+def test_a_token_of_packed_experts_does_not_depend_on_its_mates(
+    packed: Packed, mixture_source: Path, method: str, activations: str, dtype: torch.dtype
+) -> None:
+    model = load(packed(mixture_source, method), activations, dtype)
+    prompts = [[5, 9, 3, 17, 22, 8, 11], [7, 4]]
+    texts = [[(7 * row + 3 * i) % 60 for i in range(64)] for row in range(2)]
+    target: Any = open_target(model, forward="fused")
+    assert target.rows_are_independent
+    expected = [alone(target, *each) for each in zip(prompts, texts, strict=True)]
+    for width in range(1, 65):
+        cache = target.cache(2)
+        target.prefill(cache, prompts)
+        chains = [chain(text[:width], kind="deterministic") for text in texts]
+        passed = target.verify(cache, chains).logits_BNV
+        for rows, one in zip(passed, expected, strict=True):
+            assert torch.equal(rows, one[:width]), width
 
 
 def test_what_a_pass_costs_is_kept_by_the_precision_of_products(

@@ -14,11 +14,13 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode import verify
 from spectool.decode.generate import Runner
 from spectool.decode.sampling import StepRandom
+from spectool.decode.target.open import open_target
 from spectool.decode.tree import Draft
 from spectool.decode.verify import Verdict
 from spectool.evaluate import certificate
 from spectool.evaluate.certificate import Certificate, Options, certify
 from spectool.evaluate.certify.laws import compute_p
+from spectool.evaluate.certify.rows import promises_rows
 from spectool.evaluate.certify.texts import measure_gap
 from spectool.kernels import build
 from spectool.kernels.products import PackedProduct
@@ -95,6 +97,16 @@ def test_rows_of_packed_models_are_equal_bits(packed: Path, dtype: torch.dtype) 
     assert found.broken == [] and found.identical
     assert sum(each.rows for each in found.rows) > 150
     assert all(each.differ == 0 == each.largest for each in found.rows)
+
+
+@needs_kernel
+def test_packed_experts_by_modules_promise_no_rows(checkpoint: Make, tmp_path: Path) -> None:
+    """Their router multiplies by torch."""
+    job = QuantizeJob(method="rtn", config=RTN.Config(bits=4), calibration=())
+    quantize(open_checkpoint(checkpoint("qwen3_moe")), tmp_path / "out", job)
+    model = load_model(open_checkpoint(tmp_path / "out"), dtype=torch.float32)
+    for forward, promised in (("fused", True), ("modules", False), ("fused", True)):
+        assert promises_rows(open_target(model, forward=forward)) == promised
 
 
 @needs_kernel

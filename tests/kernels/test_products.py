@@ -25,6 +25,12 @@ pytestmark = pytest.mark.skipif(
 
 FORMS = ("center", "zero", "fraction", "offset", "float32", "levels", "tables", "column", "paired")
 MOST_BITS = {"levels": 4, "tables": 4, "column": 4}
+# Of one segment, and of two, "mixed", with other bits and columns.
+FORMATS = [
+    (form, bits)
+    for form in (*FORMS, "mixed")
+    for bits in ((4,) if form == "paired" else range(1, MOST_BITS.get(form, 8) + 1))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +66,22 @@ def make_segment(form: str, bits: int, n: int, k: int, group_size: int, seed: in
         "paired": lambda: replace(segment, levels=normal(1, 32), paired=True),
     }
     return forms[form]()
+
+
+def make_segments(form: str, bits: int) -> tuple[list[Segment], tuple[int, int]]:
+    """Make the segments of a matrix of one of `FORMATS`, of odd sizes; return its shape, too."""
+    if form != "mixed":
+        group_size = 600 if form == "paired" else 70
+        return [make_segment(form, bits, 77, 300, group_size, seed=bits)], (77, 300)
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(bits))
+    high = make_segment("zero", bits, 77, 30, 30, seed=2 * bits)
+    low = make_segment("zero", 1, 77, 100, 100, seed=bits + 1)
+    scale = torch.rand(100, generator=torch.Generator().manual_seed(bits)) + 0.5
+    segments = [
+        replace(high, columns=order[:30]),
+        replace(low, columns=order[30:], column_scale=scale),
+    ]
+    return segments, (77, 130)
 
 
 def check_product(
@@ -139,16 +161,11 @@ def test_activations_of_any_size(value: float, form: str) -> None:
     assert bool(found_Nn[4].isfinite().all()) == (abs(value) < 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("precision", get_args(Precision))
-@pytest.mark.parametrize("form", ["zero", "tables"])
-def test_a_row_does_not_depend_on_its_mates(
-    form: str, precision: Precision, dtype: torch.dtype
-) -> None:
-    segment = make_segment(form, 3, 130, 200, 64, seed=6)
-    product = PackedProduct([segment], (130, 200), precision)
-    x_Nm = torch.randn(200, 200, generator=torch.Generator().manual_seed(7)).to(dtype)
-    bias_n = torch.randn(130)
+def check_rows(product: PackedProduct, dtype: torch.dtype) -> None:
+    """Compare rows with the same rows at all widths to 64, by one thread and by several."""
+    n, k = product.shape
+    x_Nm = torch.randn(200, k, generator=torch.Generator().manual_seed(7)).to(dtype)
+    bias_n = torch.randn(n)
     torch.set_num_threads(1)
     together_Nn = product(x_Nm, bias_n)
     for num_threads in (1, 2, 3):
@@ -157,6 +174,25 @@ def test_a_row_does_not_depend_on_its_mates(
             begin = (7 * width) % (200 - width)
             part_Nn = product(x_Nm[begin : begin + width], bias_n)
             assert torch.equal(part_Nn, together_Nn[begin : begin + width])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("form", ["zero", "tables"])
+def test_a_row_does_not_depend_on_its_mates(
+    form: str, precision: Precision, dtype: torch.dtype
+) -> None:
+    segment = make_segment(form, 3, 130, 200, 64, seed=6)
+    check_rows(PackedProduct([segment], (130, 200), precision), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("form", "bits"), FORMATS)
+def test_rows_of_every_format(form: str, bits: int, dtype: torch.dtype) -> None:
+    segments, shape = make_segments(form, bits)
+    for precision in precisions(segments):
+        check_rows(PackedProduct(segments, shape, precision), dtype)
 
 
 def test_strided_activations_and_biases_are_read_as_their_values() -> None:

@@ -9,7 +9,6 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from spectool.kernels import build, products, variants
 from spectool.kernels.products import PackedProduct, precisions
-from spectool.kernels.segments import Segment
-from tests.kernels.test_products import FORMS, MOST_BITS, make_segment
+from tests.kernels.test_products import FORMATS, make_segments
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,35 +30,20 @@ TENSORS = [name for name, kind in products._Segment._fields_ if kind is ctypes.c
 NUMBERS = [name for name, kind in products._Segment._fields_ if kind is ctypes.c_int32]
 
 
-def parts(form: str, bits: int, seed: int) -> list[Segment]:
-    """Make one segment of odd sizes, or, of the form "mixed", two of other widths and columns."""
-    if form != "mixed":
-        return [make_segment(form, bits, 77, 300, 600 if form == "paired" else 70, seed)]
-    order = torch.randperm(130, generator=torch.Generator().manual_seed(seed))
-    high, low = (make_segment("zero", b, 77, k, k, seed + b) for b, k in ((bits, 30), (1, 100)))
-    scale = torch.rand(100, generator=torch.Generator().manual_seed(seed)) + 0.5
-    return [
-        replace(high, columns=order[:30]),
-        replace(low, columns=order[30:], column_scale=scale),
-    ]
-
-
 @functools.cache
 def cases() -> list[tuple[PackedProduct, Tensor, Tensor | None]]:
     """Return products of all forms and widths with few and with many rows of activations."""
     found = []
-    for form in (*FORMS, "mixed"):
-        for bits in (4,) if form == "paired" else range(1, MOST_BITS.get(form, 8) + 1):
-            segments = parts(form, bits, seed=bits)
-            width = sum(part.codes.shape[1] for part in segments)
-            for precision in precisions(segments):
-                product = PackedProduct(segments, (77, width), precision)
-                for num_rows in (1, 3, 13):
-                    generator = torch.Generator().manual_seed(num_rows)
-                    x_Nm = torch.randn(num_rows, width, generator=generator)
-                    x_Nm *= 10.0 ** torch.randint(-9, 9, (num_rows, 1), generator=generator)
-                    bias_n = torch.randn(77, generator=generator) if bits % 2 else None
-                    found += [(product, x_Nm, bias_n), (product, x_Nm.bfloat16(), bias_n)]
+    for form, bits in FORMATS:
+        segments, shape = make_segments(form, bits)
+        for precision in precisions(segments):
+            product = PackedProduct(segments, shape, precision)
+            for num_rows in (1, 3, 13):
+                generator = torch.Generator().manual_seed(num_rows)
+                x_Nm = torch.randn(num_rows, shape[1], generator=generator)
+                x_Nm *= 10.0 ** torch.randint(-9, 9, (num_rows, 1), generator=generator)
+                bias_n = torch.randn(shape[0], generator=generator) if bits % 2 else None
+                found += [(product, x_Nm, bias_n), (product, x_Nm.bfloat16(), bias_n)]
     return found
 
 
