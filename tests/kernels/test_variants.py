@@ -101,9 +101,11 @@ def test_variants_of_other_machines_compute_the_same_bits(
     sources = [Path(__file__).parent / "replay.c", *(variants.FOLDER.glob("*.c"))]
     words = [*compiler, *variant.options, "-O2", "-ffp-contract=off", f"-I{variants.FOLDER}"]
     words += ["-static", *map(str, sources), "-lm", "-o", program]
-    subprocess.run(words, check=True, timeout=300)
+    subprocess.run(words, check=True, timeout=variants._SECONDS)
     given = b"".join(raw for case in cases() for raw in record(*case))
-    done = subprocess.run([emulator, program], input=given, stdout=subprocess.PIPE, timeout=600)
+    done = subprocess.run(
+        [emulator, program], input=given, stdout=subprocess.PIPE, timeout=variants._SECONDS
+    )
     assert done.returncode == 0
     expected = [as_bytes(y_Nn) for y_Nn in compute(build.supported()[0])]
     assert len(done.stdout) == sum(map(len, expected))
