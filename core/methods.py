@@ -385,6 +385,14 @@ METHODS: dict[str, Method] = {
         source="attention entropy: Jha and Reagen, 2025 (arXiv:2501.03489); gates: He et al., "
         "Neural Networks Behave as Hash Encoders, 2021; the diagnostics alone",
     ),
+    "transcoder": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.transcoder:Transcoder",
+        summary="Sparse features of an MLP, learnt from the reference, that the model keeps; "
+        "minutes for a layer",
+        source="Dunefsky et al., 2024 (arXiv:2406.11944); a narrow form: one layer, less text",
+        status="research",
+    ),
     "generation": Method(
         kind="measure",
         target="spectool.evaluate.measures.generation:Generation",

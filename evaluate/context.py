@@ -64,7 +64,7 @@ MEMORY_SHARE = 0.7
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
 
 # What an evaluation may have or lack: attributes of the context.
-Need = Literal["windows", "reference", "source", "walkers", "prompts", "openings", "tasks"]
+Need = Literal["windows", "reference", "source", "walkers", "pair", "prompts", "openings", "tasks"]
 
 # Openings cut out of the text: how many, their tokens, and the new tokens of each.
 OPENINGS, OPENING_TOKENS, OPENING_NEW_TOKENS = 16, 32, 64
@@ -212,6 +212,11 @@ class Context:
                     found["reference"] = record.source
                 case Checkpoint() as other:
                     found["reference"] = other.fingerprint()
+        if "pair" in self.needs:
+            given = self.options
+            found["transcoder"] = [
+                given.transcoder_layer, given.transcoder_width, given.transcoder_tokens
+            ]  # fmt: skip
         if options := (self.options if self.options.task else None):
             found["tasks"] = [
                 list(options.task), options.task_limit, options.task_shots, options.task_chat
@@ -302,6 +307,25 @@ class Context:
         """The reference, where it is a checkpoint that fits in memory as a whole."""
         other = self.reference
         return other if isinstance(other, Checkpoint) and self.fits(other) else None
+
+    @property
+    def pair(self) -> tuple[Checkpoint, Checkpoint] | None:
+        """The reference and the checkpoint, where both fit in memory as a whole.
+
+        Raises:
+            UsageError: they have other layers, or the options are of decoding with a cache.
+        """
+        other = self.paired
+        if other is None or not self.fits(self.checkpoint):
+            return None
+        if _shape(other) != _shape(self.checkpoint):
+            raise UsageError(
+                f"{other.name}: has another width, number or kind of layers than "
+                f"{self.checkpoint.name}"
+            )
+        if self.load.kv != "dense" or self.load.forward == "fused":
+            raise UsageError("--measure transcoder has no cache: leave --kv and --forward out")
+        return other, self.checkpoint
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         """Return whether a checkpoint is loaded whole."""

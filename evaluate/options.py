@@ -74,6 +74,22 @@ class EvalOptions(TextOptions):
     task_log: Path | None = option(
         None, "File that keeps answers as they come: a run that was killed goes on from there"
     )
+    transcoder_layer: int | None = option(
+        None,
+        "Decoder layer, from 0 on, of --measure transcoder; default: the one in the middle",
+        minimum=0,
+    )
+    transcoder_width: int = option(
+        16, "Features of the transcoder as a multiple of the model's width", minimum=1
+    )
+    transcoder_tokens: int = option(
+        131072,
+        "Tokens that the transcoder is trained on; of a shorter text, the same ones again",
+        minimum=1,
+    )
+    transcoder_file: Path | None = option(
+        None, "File that keeps the transcoder: where it exists, it is read and nothing is trained"
+    )
     max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
     save_reference: Path | None = option(
         None, "File to write the model's log-probabilities to", written=True

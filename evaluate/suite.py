@@ -20,6 +20,7 @@ _GIVEN_BY: dict[Need, str] = {
     "reference": "--reference",
     "source": "--reference CHECKPOINT, from which MODEL was quantized",
     "walkers": "--reference CHECKPOINT with decoder layers like MODEL's",
+    "pair": "--reference CHECKPOINT, which fits in memory as a whole, as MODEL must",
     "prompts": "--prompts",
     "tasks": "--task",
     "openings": "a model that fits in memory as a whole",
@@ -88,6 +89,8 @@ def _choose(context: Context) -> list[type[Measure]]:
     chosen: list[type[Measure]] = []
     for name in dict.fromkeys(context.options.measure) or methods.list_methods("measure"):
         measure: type[Measure] = methods.import_method(name, "measure")
+        if not (measure.by_default or context.options.measure):
+            continue
         missing = [need for need in measure.needs if getattr(context, need) is None]
         if not missing:
             chosen.append(measure)

@@ -14,10 +14,12 @@ class Measure(ABC):
     """A frozen dataclass whose fields are the keys of the result's JSON, made by `run`.
 
     `needs` are attributes of the context. They are opened before any measure runs, so that what
-    does not fit is refused at once; a measure without one of them does not run.
+    does not fit is refused at once; a measure without one of them does not run. One that is not
+    run `by_default` runs where `--measure` names it.
     """
 
     needs: ClassVar[tuple[Need, ...]]
+    by_default: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
