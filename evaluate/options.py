@@ -88,7 +88,9 @@ class EvalOptions(TextOptions):
         minimum=1,
     )
     transcoder_file: Path | None = option(
-        None, "File that keeps the transcoder: where it exists, it is read and nothing is trained"
+        None,
+        "File that keeps the transcoder: where it exists, it is read and nothing is trained",
+        written=True,
     )
     max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
     save_reference: Path | None = option(

@@ -111,12 +111,12 @@ class Transcoder(Measure):
             f"on {found.tokens} tokens in {found.seconds:.0f} s"
         )
         yield (
-            f"in place of the reference's MLP: cross-entropy +{found.loss_rise:.4f}, "
+            f"in place of the reference's MLP: cross-entropy {found.loss_rise:+.4f}, "
             f"loss recovered {found.loss_recovered:.1%}"
         )
         yield (
             f"variance of the MLP's output explained: {found.model.explained_variance:.2%}, "
-            f"the reference's {found.reference.explained_variance:.2%}, change {found.change:.2%}"
+            f"the reference's {found.reference.explained_variance:.2%}, change {found.change:+.2%}"
         )
         yield (
             f"active features of a token: {found.model.active:.1f}, the reference's "
@@ -156,7 +156,11 @@ def split(windows: Windows, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _make(context: Context, reference: str, mlp: TappedMlp, train_SL: Tensor) -> Trained:
-    """Train a transcoder and keep it in `--transcoder-file`, or read it from there."""
+    """Train a transcoder and keep it in `--transcoder-file`, or read it from there.
+
+    Raises:
+        InputError: the file cannot be written, or holds another transcoder.
+    """
     options, path = context.options, context.options.transcoder_file
     made_of = {
         "reference": reference,
@@ -167,6 +171,8 @@ def _make(context: Context, reference: str, mlp: TappedMlp, train_SL: Tensor) ->
     }
     if path is not None and path.exists():
         return read_transcoder(path, made_of, context.device)
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"--transcoder-file {path}: there is no folder {path.parent}")
     x_TD, y_TD = (part.flatten(0, 1) for part in _read(mlp, train_SL, context.reporter))
     trained = train(
         x_TD,

@@ -294,6 +294,8 @@ def test_a_file_of_something_else_is_refused(
             compare(source, source, transcoder_file=kept[0], **options)
     with pytest.raises(CheckpointError, match="not a transcoder's file"):
         compare(source, source, transcoder_file=source / "model.safetensors")
+    with pytest.raises(UsageError, match="there is no folder"):
+        compare(source, source, transcoder_file=source / "absent" / "kept.safetensors")
 
 
 def test_what_a_transcoder_cannot_be_trained_on_is_refused(checkpoint: Checkpoints) -> None:
