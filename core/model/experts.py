@@ -1,8 +1,8 @@
 """Experts whose result for a token depends on no other token of the pass.
 
-transformers asks the function under a name for the sum over the experts that a router chose. Its
-own functions multiply as many tokens as chose an expert by torch, whose sums change with that
-number; here each product is one call of `F.linear`, which `RowProducts` gives to the kernel of
+transformers asks a function for the sum over the experts that a router chose. Its own functions
+multiply as many tokens as chose an expert by torch, whose sums change with that number; here each
+product is one call of `F.linear`, which `RowProducts` gives to the kernel of
 dense matrices, and packed experts to theirs (`model/packed.py`).
 
 Shapes: N tokens, K experts of a token, S = N K, D hidden width, E experts.
@@ -10,6 +10,7 @@ Shapes: N tokens, K experts of a token, S = N K, D hidden width, E experts.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from spectool.kernels import registry
-
-NAME = "spectool"
 
 
 class RowProducts(TorchFunctionMode):
@@ -79,26 +77,54 @@ def sum_experts(experts: Any, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: 
 
 
 def choose_experts(model: nn.Module) -> None:
-    """Let all experts of a model compute by `sum_experts`, if it can say what they compute."""
+    """Let all experts of a model compute by `sum_experts`, if it can say what they compute.
+
+    The modules take a class that does; their configuration, which models may share, stays as it is.
+    """
     found = _list_experts(model)
     if all(map(_is_known, found)):
         for experts in found:
-            experts.own_implementation = experts.config._experts_implementation
-        for experts in found:
-            experts.config._experts_implementation = NAME
+            if not isinstance(experts, ChosenExperts):
+                kind: Any = type(experts)
+                experts.__class__ = _chosen_class(kind)
 
 
 def are_chosen(module: nn.Module) -> bool:
     """Whether all experts inside of a module, if there are any, compute by `sum_experts`."""
-    return all(each.config._experts_implementation == NAME for each in _list_experts(module))
+    return all(isinstance(each, ChosenExperts) for each in _list_experts(module))
 
 
 def release_experts(model: nn.Module) -> None:
     """Let experts compute as they did before `choose_experts`."""
     for experts in _list_experts(model):
-        if hasattr(experts, "own_implementation"):
-            experts.config._experts_implementation = experts.own_implementation
-            del experts.own_implementation
+        if isinstance(experts, ChosenExperts):
+            experts.__class__ = _own_class(type(experts))
+
+
+class ChosenExperts:
+    """Part of the classes of experts that compute by `sum_experts`."""
+
+    def forward(self, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return `sum_experts`."""
+        return sum_experts(self, hidden_ND, chosen_NK, weights_NK)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy is of the own class, so that a pickled model opens where this module is not.
+        return object.__new__, (_own_class(type(self)),), self.__dict__
+
+
+@functools.cache
+def _chosen_class(kind: type[nn.Module]) -> type[nn.Module]:
+    # Messages keep the experts' own name.
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    chosen: type[nn.Module] = type(kind.__name__, (ChosenExperts, kind), names)
+    return chosen
+
+
+def _own_class(kind: type) -> type:
+    """Return the class that `_chosen_class` was given."""
+    own: type = kind.__bases__[1]
+    return own
 
 
 def _list_experts(model: nn.Module) -> list[Any]:
@@ -112,6 +138,3 @@ def _is_known(experts: Any) -> bool:
         or getattr(experts, "has_post_expert_norm", False)
         or experts._is_expert_parallel
     )
-
-
-ALL_EXPERTS_FUNCTIONS.register(NAME, sum_experts)

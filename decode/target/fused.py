@@ -112,9 +112,13 @@ class Rest:
     rows_are_independent: bool = False
 
     def add(self, residual_BND: Tensor) -> Tensor:
-        """Return the states before the norm plus what the MLP makes of them."""
+        """Return the states before the norm plus what the MLP makes of them, row by row."""
         with RowProducts():
-            added: Any = self.mlp(self.norm(residual_BND))
+            return self.add_by_modules(residual_BND)
+
+    def add_by_modules(self, residual_BND: Tensor) -> Tensor:
+        """Return the same with torch's products, as the layer's own forward computes it."""
+        added: Any = self.mlp(self.norm(residual_BND))
         return residual_BND + (added if isinstance(added, Tensor) else added[0])
 
 
@@ -195,10 +199,6 @@ def _share(mask_B1NS: Tensor, turns: Any, columns: Columns) -> Rows:
     return rows
 
 
-def _make_empty(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
-
-
 @functools.cache
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Make a class of layers that run in C where kernels are in force."""
@@ -217,7 +217,7 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
         def __reduce_ex__(self, protocol: Any) -> Any:
             # A copy is a layer of the own class, which opening it fuses again.
             state = {key: value for key, value in self.__dict__.items() if key != "fused"}
-            return _make_empty, (kind,), state
+            return object.__new__, (kind,), state
 
     # Messages, and what transformers looks up by name, keep the layer's own.
     FusedLayer.__name__, FusedLayer.__qualname__ = kind.__name__, kind.__qualname__
@@ -405,10 +405,12 @@ def _check_rest(
         return None
     assert parts.norms.before_mlp is not None
     rest = Rest(parts.norms.before_mlp, parts.mlp_module)
-    total_BND = rest.add(residual_BND)
     tolerance = _TOLERANCE if dtype is torch.float32 else _INT8_TOLERANCE
-    if _compare(total_BND, expected_BND) > tolerance:
+    if _compare(rest.add_by_modules(residual_BND), expected_BND) > tolerance:
         raise UnknownLayerError("more than a sum with its MLP")
+    # Compared by rows only: sums in another order may let a router choose other experts where two
+    # are almost equal, as after upcycling.
+    total_BND = rest.add(residual_BND)
     rows = residual_BND.flatten(0, 1)[:, None, None]
     alone = torch.cat([rest.add(row_11D) for row_11D in rows])
     # So many rows choose the same experts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from spectool.kernels import registry
-from spectool.model.experts import NAME, RowProducts, choose_experts
+from spectool.model.experts import ChosenExperts, RowProducts, choose_experts, release_experts
 
 SIZES = {
     "vocab_size": 64,
@@ -48,12 +49,13 @@ def make_experts(config: Any) -> list[Any]:
 @torch.inference_mode()
 def test_the_sum_is_that_of_the_modules_own_loop(config: Any, num_tokens: int) -> None:
     (experts,) = make_experts(config)
-    assert experts.config._experts_implementation == NAME
+    assert isinstance(experts, ChosenExperts)
     generator = torch.Generator().manual_seed(num_tokens)
     hidden_ND = torch.randn(num_tokens, experts.down_proj.shape[1], generator=generator)
     scores = torch.rand(num_tokens, experts.num_experts, generator=generator)
     weights_NK, chosen_NK = scores.topk(2)
     found_ND = experts(hidden_ND, chosen_NK, weights_NK)
+    # A copy is of the experts' own class.
     eager = copy.copy(experts)
     eager.config = copy.copy(experts.config)
     eager.config._experts_implementation = "eager"
@@ -64,7 +66,26 @@ def test_the_sum_is_that_of_the_modules_own_loop(config: Any, num_tokens: int) -
 def test_transposed_experts_keep_their_function() -> None:
     config = transformers.GptOssConfig(**SIZES, num_local_experts=4)
     (experts,) = make_experts(config)
-    assert experts.config._experts_implementation != NAME
+    assert not isinstance(experts, ChosenExperts)
+
+
+def test_models_of_one_configuration_are_chosen_and_released_apart() -> None:
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4)
+    # Models that are built by their class share the configuration.
+    one, other = (
+        transformers.MixtralForCausalLM(config).model.layers[0].mlp.experts for _ in range(2)
+    )
+    kind, before = type(one), config._experts_implementation
+    choose_experts(other)
+    assert one.config is other.config and config._experts_implementation == before
+    assert type(one) is kind and isinstance(other, ChosenExperts)
+    choose_experts(one)
+    release_experts(one)
+    assert type(one) is kind and isinstance(other, ChosenExperts)
+    found = pickle.dumps(other)
+    assert b"spectool" not in found and type(pickle.loads(found)) is kind
+    choose_experts(one)
+    assert type(one) is type(other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -268,6 +268,36 @@ def test_the_sum_with_experts_is_compared_too() -> None:
     assert target.unfused == {"more than a sum with its MLP": 1}
 
 
+def test_a_router_that_is_almost_undecided_is_no_fault() -> None:
+    model: Any = make_model("mixtral")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            rows_ED = layer.mlp.gate.weight
+            rows_ED[:] = rows_ED[0].clone()
+            # As after upcycling: the order of a sum decides which expert is chosen.
+            for row_D in rows_ED:
+                row_D[torch.randint(len(row_D), (2,), generator=generator)] *= 1 + 2**-23
+    target = AttentionTarget(model)
+    assert target.num_fused == 2 and target.rows_are_independent
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_an_mlp_whose_rows_depend_on_each_other_makes_no_promise(every: bool) -> None:
+    model: Any = make_model("mixtral")
+    mlp = model.model.layers[1].mlp
+
+    class Mixing(type(mlp)):  # type: ignore[misc]
+        def forward(self, hidden_BND: Tensor) -> Tensor:
+            found: Tensor = super().forward(hidden_BND)
+            mean = hidden_BND.mean((0, 1)) * 1e-6
+            return found + mean if every else torch.cat([found[:, :-1], found[:, -1:] + mean], 1)
+
+    mlp.__class__ = Mixing
+    target = AttentionTarget(model)
+    assert not target.rows_are_independent
+
+
 def test_modules_that_were_replaced_are_seen() -> None:
     model: Any = make_model("llama")
     target = AttentionTarget(model)
@@ -301,8 +331,9 @@ def test_a_head_without_a_kernel_makes_no_promise() -> None:
     assert AttentionTarget(make_model("llama")).rows_are_independent
 
 
-def test_a_fused_model_can_be_copied_and_pickled() -> None:
-    model = make_model("llama")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_fused_model_can_be_copied_and_pickled(family: str) -> None:
+    model = make_model(family)
     expected = logits_of(AttentionTarget(model))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         target = AttentionTarget(other)
