@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from spectool.kernels import products, threads
+from spectool.kernels import build, products, threads
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,7 @@ def test_torch_gets_its_threads_back_after_an_error() -> None:
     assert both() == (3, 3)
 
 
+@pytest.mark.skipif(build.missing() is not None, reason="no kernels here")
 def test_the_self_test_of_products_runs_them_on_all_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
