@@ -73,7 +73,7 @@ def _finish(output: Output, result: dict[str, Any], gates: Sequence[Checked]) ->
 def _trust_lines(result: Trust) -> list[str]:
     lines = []
     for name, each in result.dimensions.items():
-        left_out = f", {each.unscored_share:.0%} unscored" if each.unscored else ""
+        left_out = f", {each.unscored} without a score" if each.unscored else ""
         lines.append(
             f"{name} ({each.items} items{left_out}): {each.reference:.1f} -> "
             f"{each.model:.1f}, change {each.delta:+.1f}, Holm's p "
@@ -101,9 +101,10 @@ def _trust_lines(result: Trust) -> list[str]:
     lines += [
         f"limits: {result.limits}",
         f"pass: the interval excludes a loss of {allowed['pass_loss']:g} points "
-        f"({allowed['utility_loss']:g} of utility), over {allowed['least_scored']:g} items or "
-        f"more; fail: the loss is over {allowed['fail_loss']:g} and the interval excludes none, or "
-        "replies are degenerate; warn: neither",
+        f"({allowed['utility_loss']:g} of utility), {allowed['least_scored']:g} items or more have "
+        f"a score, and at most {allowed['most_unscored']:.0%} have none; fail: the loss is over "
+        f"{allowed['fail_loss']:g} and the interval excludes none, or replies are degenerate; "
+        "warn: neither",
         f"verdict: {result.verdict} ({result.failed} fail, {result.warned} warn)",
     ]
     return lines

@@ -68,7 +68,10 @@ def _card(path: Path, base: str | None) -> str:
     from spectool.checkpoint.card import with_base
     from spectool.cli.cards import card_of
 
-    readme, made = path / README, card_of(path)
+    readme = path / README
+    if base is None and readme.is_file():
+        return readme.read_text(encoding="utf-8")
+    made = card_of(path)
     text = readme.read_text(encoding="utf-8") if readme.is_file() else str(made)
     return text if base is None else with_base(text, base, made.relation)
 

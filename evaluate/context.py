@@ -417,8 +417,13 @@ def cut_openings(windows: Windows, tokenizer: Any, context: int) -> list[Prompt]
     start = [] if windows.bos is None else [windows.bos]
     start = start or list(tokenizer("", verbose=False)["input_ids"])[:1]
     size = max(1, min(OPENING_TOKENS, context // 2 - 1, max(map(len, texts))))
-    count = min(OPENINGS, sum(len(ids_T) // size for ids_T in texts))
-    places = [(ids_T, at) for ids_T in texts for at in range(len(ids_T) - size + 1)]
+    # As many places as do not overlap, spread over each text.
+    places = [
+        (ids_T, int(at))
+        for ids_T in texts
+        for at in torch.linspace(0, len(ids_T) - size, len(ids_T) // size, dtype=torch.float64)
+    ]
+    count = min(OPENINGS, len(places))
     chosen = [places[(len(places) - 1) * index // max(1, count - 1)] for index in range(count)]
     return [Prompt([*start, *ids_T[at : at + size].tolist()]) for ids_T, at in chosen]
 

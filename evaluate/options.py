@@ -98,7 +98,7 @@ class EvalOptions(TextOptions):
     )
     save_top_k: int = option(
         0,
-        "Log-probabilities per position that --save-reference keeps; 0: all (lossless)",
+        "Log-probabilities per position that --save-reference keeps; 0: all",
         minimum=0,
     )
     save_states: bool = option(

@@ -8,6 +8,7 @@ tokenizer's own special tokens at the start of what is encoded.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 import re
@@ -46,8 +47,8 @@ def make_windows(
         raise UsageError(f"--window {length}: the model's context is {context}")
     if options.bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos: the tokenizer has no BOS token")
-    if options.protocol in ("wikitext2", "c4"):
-        _check_published(options)
+    if options.protocol != "text":
+        _check_options(options)
     documents = [builtin_text(MIXED)]
     if options.text:
         documents = read_documents(
@@ -64,21 +65,15 @@ def make_windows(
         return _wikitext2(documents, tokenizer, length)
     bos = tokenizer.bos_token_id if options.bos else None
     if options.protocol == "documents":
-        if options.stride is not None:
-            raise UsageError("--protocol documents has no --stride; leave it out")
-        if options.limit is not None:
-            sizes = itertools.accumulate(map(len, documents))
-            documents = [
-                text for text, size in zip(documents, sizes, strict=True) if size <= options.limit
-            ]
-        return _documents(documents, tokenizer, length, bos, end)
+        return _documents(documents, tokenizer, length, bos, end, options.limit)
     ids = encode(tokenizer, "\n\n".join(documents)[: options.limit])
     return cut(ids, length=length, bos=bos, stride=options.stride)
 
 
-def _check_published(options: EvalOptions) -> None:
-    """Raise a UsageError for an option that a protocol of published tables does not have."""
-    for name in ("bos", "stride", "limit"):
+def _check_options(options: EvalOptions) -> None:
+    """Raise a UsageError for an option that a protocol does not have, and for one that lacks."""
+    absent = ("stride",) if options.protocol == "documents" else ("bos", "stride", "limit")
+    for name in absent:
         if getattr(options, name):
             raise UsageError(f"--protocol {options.protocol} has no --{name}; leave it out")
     if not options.text:
@@ -86,12 +81,23 @@ def _check_published(options: EvalOptions) -> None:
 
 
 def _documents(
-    documents: Sequence[str], tokenizer: Any, length: int, bos: int | None, end: int | None
+    documents: Sequence[str],
+    tokenizer: Any,
+    length: int,
+    bos: int | None,
+    end: int | None,
+    limit: int | None,
 ) -> Windows:
     """Make a window of the start of each document, those of one length in one group.
 
-    The token that ends a text follows it, and is scored where the window has room for it.
+    The token that ends a text follows it, and is scored where the window has room for it. With a
+    limit of characters, the documents that it holds whole are taken.
     """
+    if limit is not None:
+        sizes = list(itertools.accumulate(map(len, documents)))
+        documents = documents[: bisect.bisect_right(sizes, limit)]
+        if not documents:
+            raise TextError(f"--limit {limit}: the first document has {sizes[0]} characters")
     start, last = [] if bos is None else [bos], [] if end is None else [end]
     rows: dict[int, list[list[int]]] = defaultdict(list)
     for text in documents:

@@ -204,7 +204,8 @@ class StoredLogProbs:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it gives the whole vocabulary's log-probabilities, by states up to `error`."""
+        """Whether the file has log-probabilities of the whole vocabulary; those made of states are
+        off by `error` at most."""
         return self.record.top_k == 0
 
     @functools.cached_property

@@ -96,11 +96,14 @@ class Windows:
     def texts(self) -> list[Tensor]:
         """Return the consecutive tokens that the windows were cut of, without start tokens.
 
-        Windows of the protocol `c4` are of different documents, each a text of its own.
+        Windows of the protocols `c4` and `documents` are of different documents, each a text of its
+        own. Those of `documents` are returned without their last token, which may end the text.
         """
         inside = [ids_SL[:, self.bos is not None :] for ids_SL in self.groups]
         if self.protocol == "c4":
             return [ids_L for ids_SL in inside for ids_L in ids_SL]
+        if self.protocol == "documents":
+            return [ids_L[:-1] for ids_SL in inside for ids_L in ids_SL]
         if self.stride is not None:
             # Of windows that overlap, what no earlier one held.
             held = zip(self.groups[1:], self.scored[1:], strict=True)

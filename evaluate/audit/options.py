@@ -58,7 +58,7 @@ class TrustOptions(AuditTextOptions):
     )
     most_unscored: float = option(
         0.1,
-        "A dimension counts as not measured if more than this share of its items has no score",
+        "A dimension does not pass if more than this share of its items has no score",
         minimum=0,
         maximum=1,
     )

@@ -126,6 +126,17 @@ def test_openings_are_of_one_document_each(length: int, count: int) -> None:
     assert len({tokens[0] // 1000 for tokens in found}) == len(found)
 
 
+def test_openings_of_whole_documents_end_before_the_token_that_ends_the_text() -> None:
+    lengths = (300, 80, 40, 33, 20)
+    rows = [list(range(1000 * row, 1000 * row + size)) for row, size in enumerate(lengths)]
+    groups = tuple(torch.tensor([[0, *row, -1]]) for row in rows)
+    found = check_consecutive(Windows(groups, 302, 0, protocol="documents"), 13)
+    firsts = sorted(tokens[0] for tokens in found)
+    # None overlap, and each document that is long enough has some.
+    assert all(b - a >= 32 for a, b in itertools.pairwise(firsts))
+    assert {first // 1000 for first in firsts} == {0, 1, 2, 3}
+
+
 def check_consecutive(windows: Windows, count: int) -> list[list[int]]:
     """Return the openings after a start token, so many, of windows whose tokens count upwards."""
     prompts = [

@@ -139,8 +139,12 @@ def test_documents_are_scored_one_by_one_with_the_end(
     assert len(sizes) > 10 and sizes == sorted(sizes, reverse=True)
     with pytest.raises(UsageError, match="has no --stride"):
         perplexity(model, path, protocol="documents", stride=4)
-    with pytest.raises(TextError, match="no document has a token that can be scored"):
+    with pytest.raises(TextError, match="--limit 1: the first document has"):
         perplexity(model, path, protocol="documents", limit=1)
+    some = perplexity(model, path, protocol="documents", window=64, bos=bos, limit=200)
+    assert 0 < some["tokens"] < count
+    with pytest.raises(UsageError, match="documents needs its text"):
+        perplexity(model, protocol="documents")
 
 
 @pytest.mark.parametrize(("length", "stride"), [(64, 16), (64, 23), (50, 49)])

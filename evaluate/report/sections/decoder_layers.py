@@ -41,29 +41,36 @@ _HEADINGS = {
 
 
 def make(runs: Sequence[Run]) -> Section | None:
-    """Make the section from the `decoder_layers` of `eval`, a row for each result."""
+    """Make the section from the `decoder_layers` of `eval`: a row of the map for each result, a
+    square for each layer whose error is a number."""
     found: dict[str, Layers] = {}
     for run in runs:
-        layers = run.data.get("decoder_layers")
-        # A layer whose error is no number has no colour; the gates and tables have it.
-        if layers and all(number_of(layer["error"]) is not None for layer in layers):
-            found[run.data.get("model") or run.name] = layers
+        if layers := run.data.get("decoder_layers"):
+            place = run.data.get("model") or run.name
+            # One checkpoint on two texts has two results.
+            found[f"{place}, {run.name}" if place in found else place] = layers
     if not found:
         return None
-    place, worst = max(
-        ((place, layer) for place, layers in found.items() for layer in layers),
-        key=lambda each: number_of(each[1]["error"]) or 0.0,
-    )
-    title = (
-        f"Error that each decoder layer adds by itself; the largest is "
-        f"{text_of(number_of(worst['error']) or 0.0)}, {worst['name']} of {place}"
-    )
-    picture = Picture(name="decoder-layers", title=title, draw=partial(_draw, found))
+    errors = [
+        (value, layer["name"], place)
+        for place, layers in found.items()
+        for layer in layers
+        if (value := number_of(layer["error"])) is not None
+    ]
+    pictures = []
+    if errors:
+        value, name, place = max(errors)
+        title = (
+            f"Error that each decoder layer adds by itself; the largest is {text_of(value)}, "
+            f"{name} of {place}"
+        )
+        draw = partial(_draw, found)
+        pictures = [Picture(name="decoder-layers", title=title, draw=draw)]
     return Section(
         name="decoder-layers",
         title="Decoder layers",
         text=[_TEXT],
-        pictures=[picture],
+        pictures=pictures,
         tables=[_table(place, layers) for place, layers in found.items()],
     )
 

@@ -23,7 +23,8 @@ from spectool.evaluate.audit.scoring import (
     rates,
     score,
 )
-from spectool.evaluate.audit.trust import audit_trust, compare
+from spectool.evaluate.audit.trust import audit_trust, compare, judge
+from spectool.evaluate.intervals import Interval
 from spectool.evaluate.results import as_json
 from spectool.model.loading import load_model, load_tokenizer
 from spectool.quantize.job import QuantizeJob
@@ -261,17 +262,28 @@ def test_what_a_scorer_fails_at_is_unscored_and_never_zero(write_suite: Write) -
     assert found["privacy"].model.value == found["privacy"].reference.value == 50
     found, missing = compare(suite, good, dict.fromkeys(good, reply("bad")), scorer, options)
     assert not found and "cannot read it" in missing["privacy"]
-    found, missing = compare(suite, good, {**after, "5": reply("bad")}, scorer, options)
-    assert not found and missing["privacy"].startswith("3 of 20 items have no score: the scorer")
-    lenient = TrustOptions(reference="r", most_unscored=0.2)
-    found, _ = compare(suite, good, {**after, "5": reply("bad")}, scorer, lenient)
+    found, _ = compare(suite, good, {**after, "5": reply("bad")}, scorer, options)
     assert found["privacy"].unscored == 3 and found["privacy"].delta.lower == 0
     assert found["privacy"].verdict == "warn"
+
     with pytest.raises(Unscored, match="returned 2"):
         score(suite.items[0], reply("odd"), scorer)
     for name in ("math", "no_such_module:f", "math:no_such", ":f"):
         with pytest.raises(UsageError, match="MODULE:FUNCTION"):
             import_scorer(name)
+
+
+@pytest.mark.parametrize(
+    ("scored", "items", "most", "verdict"),
+    [(90, 100, 0.1, "pass"), (89, 100, 0.1, "warn"), (89, 100, 0.2, "pass"), (19, 20, 0.1, "warn")],
+)
+def test_a_dimension_passes_on_enough_scored_items_only(
+    scored: int, items: int, most: float, verdict: str
+) -> None:
+    options = TrustOptions(reference="r", most_unscored=most)
+    for delta, expected in ((Interval(0, 0, 0), verdict), (Interval(-50, -60, -40), "fail")):
+        found = judge("privacy", delta, False, options, scored=scored, items=items)
+        assert found == expected
 
 
 def test_fairness_is_the_equalised_odds_difference(write_suite: Write) -> None:

@@ -220,6 +220,18 @@ def test_the_worst_decoder_layer_of_all_checkpoints_is_named(page: Page) -> None
     assert not any("Collapsed heads" in text for _, text in page.all("th"))
 
 
+def test_layers_without_a_number_and_two_texts_are_shown(tmp_path: Path) -> None:
+    one, other = (results.evaluation("rtn", 3, 1.0, 0.5) for _ in range(2))
+    other["decoder_layers"][0]["error"] = None
+    folder = results.write(tmp_path / "run", {"one": one, "other": other})
+    write_report(read_runs([folder]), tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    captions = [text for _, text in page.all("caption") if text.startswith("Decoder layers")]
+    assert captions == ["Decoder layers of packed-rtn-3", "Decoder layers of packed-rtn-3, other"]
+    squares = [text for _, text in page.all("title") if re.match(r"model\.layers\.\d of", text)]
+    assert len(squares) == 3
+
+
 def test_pictures_are_files_too(made: tuple[Path, list[Path]]) -> None:
     folder, written = made
     names = {path.stem for path in (folder / "pictures").iterdir()}
