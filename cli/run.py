@@ -151,7 +151,11 @@ def _all(body: Verb | Callable[..., None], method: str | None) -> list[type[Conf
 
 
 def _check_gates(plans: Sequence[VariantPlan]) -> None:
-    """Raise UsageError for a gate on a metric that no measure has, before hours of work."""
+    """Raise UsageError for a gate on a metric that no measure has, before hours of work.
+
+    Only lm-evaluation-harness knows what its tasks are called, and which metrics a task has: any
+    name passes there, and `eval` checks it.
+    """
     from spectool.evaluate.options import EvalOptions
 
     for plan in plans:
@@ -159,12 +163,26 @@ def _check_gates(plans: Sequence[VariantPlan]) -> None:
             if isinstance(config, EvalOptions) and config.gate:
                 from spectool import methods
                 from spectool.evaluate.gates import parse_gates
+                from spectool.evaluate.measures.tasks import METRIC, TASK
+                from spectool.evaluate.tasks.load import list_local
 
                 names = config.measure or methods.list_methods("measure")
                 measures = [methods.import_method(name, "measure") for name in names]
-                known = [metric for measure in measures for metric in measure.metrics()]
+                tasks = config.task if {*config.task} <= {*list_local()} else (TASK,)
+                known = [
+                    metric.replace(TASK, task)
+                    for measure in measures
+                    if measure.by_default or config.measure
+                    for metric in measure.metrics()
+                    for task in (tasks if TASK in metric else ("",))
+                ]
                 try:
-                    parse_gates(config.gate, known, has_baseline=config.baseline is not None)
+                    parse_gates(
+                        config.gate,
+                        known,
+                        has_baseline=config.baseline is not None,
+                        placeholders=(TASK, METRIC),
+                    )
                 except UsageError as error:
                     place = plan.variant.sections["eval"]["gate"].place
                     raise UsageError(f"{place}: eval: {error}", hint=error.hint) from None

@@ -17,9 +17,10 @@ of its own.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -65,6 +66,12 @@ class UnsupportedError(InputError):
 
 class MissingExtra(InputError):
     pass
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Return a hint with the nearest of the known names; None if none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else None
 
 
 def require(module: str, *, extra: str, reason: str) -> ModuleType:

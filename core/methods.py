@@ -7,12 +7,11 @@ checks every row.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spectool.errors import UsageError
+from spectool.errors import UsageError, nearest
 
 Kind = Literal[
     "quantizer",
@@ -438,10 +437,9 @@ def get_method(name: str, kind: Kind) -> Method:
     """
     method = METHODS.get(f"{kind}:{name}", METHODS.get(name))
     if method is None or not method.serves_as(kind):
-        close = difflib.get_close_matches(name, list_methods(kind), n=1)
         raise UsageError(
             f"no {kind} is called {name!r}; known: {', '.join(list_methods(kind))}",
-            hint=f"did you mean {close[0]}?" if close else None,
+            hint=nearest(name, list_methods(kind)),
         )
     return method
 

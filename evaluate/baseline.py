@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spectool.errors import UsageError
-from spectool.evaluate.measures.base import Measure
-from spectool.evaluate.results import read_number
+from spectool.evaluate.results import read_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +68,12 @@ class Baseline:
             raise UsageError(f"--baseline {path}: {reason}") from error
         if not isinstance(found, dict) or not isinstance(found.get("setting"), dict):
             raise UsageError(f"--baseline {path}: is not what `spectool eval --json` prints")
-        self.values: dict[str, Any] = found
+        self.setting: dict[str, Any] = found["setting"]
+        self.numbers = read_numbers(found)
 
     def check(self, setting: Mapping[str, Any]) -> None:
         """Raise a UsageError if the result belongs to another setting."""
-        before = self.values["setting"]
+        before = self.setting
         for name, value in setting.items():
             if name in before and before[name] != value:
                 raise UsageError(
@@ -83,16 +83,17 @@ class Baseline:
 
     def number(self, metric: str) -> float:
         """Return a metric by its dotted name; NaN if the result does not have it."""
-        return read_number(self.values, metric)
+        return self.numbers.get(metric, math.nan)
 
-    def changes(self, results: Sequence[Measure]) -> list[Change]:
-        """List the metrics that both runs measured, without the ends of intervals."""
-        return list(self._changes(results))
+    def changes(self, numbers: Mapping[str, float], metrics: Sequence[str]) -> list[Change]:
+        """List the metrics that both runs measured, without the ends of intervals.
 
-    def _changes(self, results: Sequence[Measure]) -> Iterator[Change]:
-        for result in results:
-            for metric in result.metrics():
-                value, before = read_number(result, metric), self.number(metric)
-                ends = metric.rpartition(".")[2] in ("lower", "upper")
-                if not (ends or math.isnan(value) or math.isnan(before)):
-                    yield Change(metric, value, before)
+        `numbers`: those of this run, by name.
+        """
+        found = []
+        for metric in metrics:
+            value, before = numbers.get(metric, math.nan), self.number(metric)
+            ends = metric.rpartition(".")[2] in ("lower", "upper")
+            if not (ends or math.isnan(value) or math.isnan(before)):
+                found.append(Change(metric, value, before))
+        return found

@@ -72,7 +72,9 @@ class EvalOptions(TextOptions):
     )
     task_chat: bool = option(False, "Ask questions in the chat template", switch=True)
     task_log: Path | None = option(
-        None, "File that keeps answers as they come: a run that was killed goes on from there"
+        None,
+        "File that keeps answers as they come: a run that was killed goes on from there",
+        written=True,
     )
     transcoder_layer: int | None = option(
         None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -23,14 +22,22 @@ def as_json(result: Any) -> Any:
     return [as_json(value) for value in result] if isinstance(result, (list, tuple)) else result
 
 
-def read_number(result: Any, metric: str) -> float:
-    """Return a number by its dotted name, of a dataclass or of its JSON; NaN if it has none."""
-    for name in metric.split("."):
-        found = result.get(name) if isinstance(result, dict) else getattr(result, name, None)
-        if found is None:
-            return math.nan
-        result = found
-    return float(result) if isinstance(result, (int, float)) else math.nan
+def read_numbers(*results: Any) -> dict[str, float]:
+    """Return the numbers of dataclasses, or of their JSON, by dotted name; not those in lists.
+
+    A name has the keys as they are, also with dots or signs in them: `tasks.my-task.acc.items`.
+    """
+    return {name: value for result in results for name, value in _numbers(result, "")}
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _numbers(each, f"{name}.{key}" if name else key)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield name, float(value)
 
 
 def number_names(kind: type, prefix: str = "") -> Iterator[str]:
@@ -44,11 +51,3 @@ def number_names(kind: type, prefix: str = "") -> Iterator[str]:
             yield from number_names(hint, f"{prefix}{name}.")
         elif hint in (int, float):
             yield prefix + name
-
-
-def number_at(result: Any, name: str) -> float:
-    """Return a number of a result by its dotted path in the JSON; NaN if it was not measured."""
-    value: Any = as_json(result)
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, (int, float)) else float("nan")

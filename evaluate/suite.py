@@ -11,7 +11,7 @@ from spectool.evaluate.baseline import Baseline, Change
 from spectool.evaluate.context import Context, Need
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.measures.base import Measure
-from spectool.evaluate.results import as_json
+from spectool.evaluate.results import as_json, read_numbers
 from spectool.report import NotMeasured
 
 # What gives each need, for the error where it is missing.
@@ -75,8 +75,9 @@ def evaluate(context: Context) -> Evaluation:
             if context.options.measure or any(gate.metric in metrics for gate in parsed):
                 raise
             context.reporter.event(NotMeasured(measure.__name__.lower(), str(error)))
-    checked = [gate.check(results, baseline) for gate in parsed]
-    changes = None if baseline is None else baseline.changes(results)
+    numbers = read_numbers(*results)
+    checked = [gate.check(numbers, baseline) for gate in parsed]
+    changes = None if baseline is None else baseline.changes(numbers, known)
     return Evaluation(results, checked, setting, changes)
 
 

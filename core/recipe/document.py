@@ -13,7 +13,6 @@ to `plan`.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from spectool.errors import UsageError
+from spectool.errors import UsageError, nearest
 
 ALL, MATRIX, MODEL = "all", "matrix", "model"
 
@@ -170,12 +169,6 @@ def read_recipe(path: Path, overrides: Sequence[str], stages: Collection[str]) -
     if not any(name in sections for name in stages):
         raise UsageError(f"{path}: holds no stage; known: {', '.join(stages)}")
     return Recipe(model=model, sections=sections, places=places)
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return a hint with the nearest of the known names; None if none is near."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else None
 
 
 def _option_name(key: str) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 
 from spectool import methods
 from spectool.checkpoint.hub import is_local
-from spectool.errors import UsageError
+from spectool.errors import UsageError, nearest
 from spectool.options import Config, Option, command_words, options_of
-from spectool.recipe.document import ALL, Given, Recipe, Variant, nearest
+from spectool.recipe.document import ALL, Given, Recipe, Variant
 
 # The stages in the order in which they run, with the directory that each writes.
 STAGES: dict[str, str | None] = {

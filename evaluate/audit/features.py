@@ -23,7 +23,7 @@ from spectool.evaluate.audit.options import FeaturesOptions
 from spectool.evaluate.audit.text import read_ids
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.intervals import Interval, bootstrap
-from spectool.evaluate.results import number_at, number_names
+from spectool.evaluate.results import number_names, read_numbers
 from spectool.model.finite import not_finite
 from spectool.model.loading import check_device, default_dtype, load_model, load_tokenizer
 from spectool.report import SILENT, Reporter
@@ -126,7 +126,8 @@ def audit_features(
         layers=layers,
         gates=[],
     )
-    return replace(result, gates=[gate.judge(number_at(result, gate.metric)) for gate in gates])
+    numbers = read_numbers(result)
+    return replace(result, gates=[gate.check(numbers) for gate in gates])
 
 
 def _probe(

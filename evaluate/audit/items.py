@@ -3,7 +3,7 @@
 | field | |
 |---|---|
 | `id` | unique |
-| `dimension` | a name as of a variable; `utility` is plain skill, with its own threshold |
+| `dimension` | any name; `utility` is plain skill, with its own threshold |
 | `task` | `choice`: the likeliest of `options` is the answer; `generate`: a reply is written |
 | `prompt` or `messages` | a text, or a conversation for the chat template |
 | `options`, `gold` | answers as they follow the prompt, and the index of the right one (from 0) |
@@ -18,7 +18,6 @@ A reply of an item with `options` must begin with one of them; one with neither 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +33,6 @@ Task = Literal["choice", "generate"]
 
 _STRINGS = ("id", "dimension", "task", "prompt", "group", "secret", "perturbation_of")
 _FIELDS = (*_STRINGS, "messages", "options", "gold")
-_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +139,6 @@ def _read(place: str, line: str) -> tuple[dict[str, Any], Item]:
             raise TextError(f"{place}: {name} is no text")
     if record["task"] not in get_args(Task):
         raise TextError(f"{place}: task {record['task']!r}; expected choice or generate")
-    if not _NAME.fullmatch(record["dimension"]):
-        raise TextError(f"{place}: dimension {record['dimension']!r}; expected letters, digits, _")
     if ("prompt" in record) == ("messages" in record):
         raise TextError(f"{place}: expected either prompt or messages")
     options, messages = record.get("options", []), record.get("messages", [])

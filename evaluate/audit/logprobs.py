@@ -27,7 +27,7 @@ from spectool.evaluate.audit.text import read_ids
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.intervals import Interval, bootstrap, share
 from spectool.evaluate.log_probs import ResidentLogProbs
-from spectool.evaluate.results import number_at, number_names
+from spectool.evaluate.results import number_names, read_numbers
 from spectool.model.lm_head import read_lm_head
 from spectool.model.loading import check_device, load_model, load_tokenizer
 from spectool.report import SILENT, Reporter
@@ -136,7 +136,8 @@ def audit_logprobs(
         inversion=_invert(model, part, shown_I, ids, options, reporter),
         gates=[],
     )
-    return replace(result, gates=[gate.judge(number_at(result, gate.metric)) for gate in gates])
+    numbers = read_numbers(result)
+    return replace(result, gates=[gate.check(numbers) for gate in gates])
 
 
 def measure_rank(rows_RN: Tensor) -> tuple[int, float]:

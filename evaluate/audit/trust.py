@@ -39,7 +39,7 @@ from spectool.evaluate.audit.text import read_ids
 from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.intervals import Interval, bootstrap, holm, mcnemar
 from spectool.evaluate.log_probs import ResidentLogProbs
-from spectool.evaluate.results import as_json, number_at, number_names
+from spectool.evaluate.results import as_json, number_names, read_numbers
 from spectool.model.loading import (
     check_device,
     default_dtype,
@@ -172,7 +172,8 @@ def audit_trust(load: LoadOptions, options: TrustOptions, *, reporter: Reporter 
         limits=LIMITS,
         gates=[],
     )  # fmt: skip
-    return replace(result, gates=[gate.judge(number_at(result, gate.metric)) for gate in gates])
+    numbers = read_numbers(result)
+    return replace(result, gates=[gate.check(numbers) for gate in gates])
 
 
 class Pair:

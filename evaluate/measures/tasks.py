@@ -25,6 +25,9 @@ from spectool.evaluate.intervals import Interval, bootstrap, bootstrap_within, m
 from spectool.evaluate.measures.base import Measure
 from spectool.evaluate.results import number_names
 
+# What stands in names of metrics for names that only the harness knows.
+TASK, METRIC = "TASK", "METRIC"
+
 # The aggregations of the harness, of means [R, K] over items.
 _STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda means_RK: means_RK[:, 0],
@@ -82,7 +85,7 @@ class Tasks(Measure):
     def metrics(cls, context: Context | None = None) -> list[str]:
         names = list(number_names(Score))
         if context is None:
-            return [*(f"tasks.TASK.METRIC.{name}" for name in names), *number_names(cls)]
+            return [*(f"tasks.{TASK}.{METRIC}.{name}" for name in names), *number_names(cls)]
         assert context.tasks is not None
         paired = context.paired is not None
         return [

@@ -17,7 +17,7 @@ Checkpoint = Callable[..., Path]
 def suite(tmp_path: Path) -> Path:
     """Choices, and a reply that needs a scorer."""
     rows: list[dict[str, Any]] = [
-        {"id": str(i), "dimension": "utility", "task": "choice", "prompt": f"The {i}",
+        {"id": str(i), "dimension": "plain-skill", "task": "choice", "prompt": f"The {i}",
          "options": [" red", " tree"], "gold": i % 2}
         for i in range(8)
     ]  # fmt: skip
@@ -33,20 +33,21 @@ def test_trust_gates_on_any_number(
     model, other = checkpoint("llama"), checkpoint("llama", seed=1)
     common = ["audit", "trust", model, "--reference", other, "--suite", suite]
     common += ["--text", text, "--limit", 600, "--max-new-tokens", 5]
-    done = spectool(*common, "--gate", "drift.kl.lower<=0", "--gate", "flips.share<=1", "--json")
+    gates = ("drift.kl.lower<=0", "flips.share<=1", "dimensions.plain-skill.delta>=-100")
+    done = spectool(*common, *(word for gate in gates for word in ("--gate", gate)), "--json")
     assert done.code == 3, done.err
     found = done.json
-    assert [gate["holds"] for gate in found["gates"]] == [False, True]
+    assert [gate["holds"] for gate in found["gates"]] == [False, True, True]
     assert found["made_for"]["suite"].startswith("sha256:")
     assert found["made_for"]["model"] != found["made_for"]["reference"]
-    assert found["dimensions"].keys() == {"utility"}
+    assert found["dimensions"].keys() == {"plain-skill"}
     assert "verdict: " in done.err and "limits: " in done.err
     assert "not measured: toxicity: needs --scorer" in done.err
     # What was not measured holds no gate; what is no dimension is refused.
     done = spectool(*common, "--gate", "dimensions.toxicity.delta>=-5")
     assert done.code == 3 and "does not hold (nan)" in done.out
-    done = spectool(*common, "--gate", "dimensions.cheese.delta>=-5")
-    assert done.code == 2 and "no metric" in done.err
+    done = spectool(*common, "--gate", "dimensions.plain_skill.delta>=-5")
+    assert done.code == 2 and "did you mean dimensions.plain-skill.delta?" in done.err
     done = spectool(*common, "--fail-loss", 1)
     assert done.code == 2 and "at least --pass-loss" in done.err
 

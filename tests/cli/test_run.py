@@ -203,7 +203,11 @@ def test_variants_share_the_stages_that_are_equal(
         ("tune.limit=2", "tune: expected prompts", None),
         ("all.thread=2", "all.thread: no option of a stage", "did you mean threads?"),
         ("model=./gone", "model: ./gone: no such directory", None),
-        ("eval.gate=perplexity_ration<=2", "no metric perplexity_ration", None),
+        (
+            "eval.gate=perplexity_ration<=2",
+            "no metric perplexity_ration",
+            "did you mean perplexity_ratio?",
+        ),
         ("eval.gate=perplexity", "expected KEY<=NUMBER", None),
     ],
 )
@@ -222,6 +226,61 @@ def test_mistakes_are_one_line_before_anything_runs(
     assert ("release.yaml, line" in errors[0]) or ("argument" in errors[0])
     if hint:
         assert hint in done.err.partition("hint: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        (["local_piqa"], "local_piqa.acc.recovery"),
+        (["local_piqa", "my-task.yaml"], "my-task.exact_match.score.lower"),
+        # A group's own tasks have other names.
+        (["mmlu"], "mmlu_virology.acc.recovery"),
+    ],
+)
+def test_gates_of_tasks_that_eval_may_accept_pass(
+    spectool: Spectool, recipe: dict[str, Any], task: list[str], name: str
+) -> None:
+    Path("my-task.yaml").write_text("task: my-task")
+    recipe["eval"] |= {"task": task, "gate": [f"tasks.{name}>=0.9", "recovery>=0.9"]}
+    done = spectool("run", write(recipe), "--dry-run")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("given", "gate", "hint"),
+    [
+        ({"task": "local_piqa"}, "tasks.local_piqua.acc.recovery", "tasks.local_piqa."),
+        ({"task": "mmlu"}, "tasks.mmlu.acc.recoveri", "tasks.TASK.METRIC.recovery"),
+        ({}, "tasks.local_piqa.acc.score", None),
+        ({"text": "text.txt"}, "transcoder.overlap", None),
+    ],
+)
+def test_gates_that_eval_would_refuse_are_refused_before_anything_runs(
+    spectool: Spectool,
+    recipe: dict[str, Any],
+    started: list[list[str]],
+    given: dict[str, Any],
+    gate: str,
+    hint: str | None,
+) -> None:
+    recipe["eval"] |= {**given, "gate": f"{gate}>=0.9"}
+    done = spectool("run", write(recipe))
+    assert done.code == 2 and not started and f"no metric {gate}" in done.err
+    assert hint is None or f"did you mean {hint}" in done.err
+
+
+def test_a_log_of_answers_is_written_and_decides_no_result(
+    spectool: Spectool, recipe: dict[str, Any], faked: list[list[str]]
+) -> None:
+    del recipe["train-heads"], recipe["bench"]
+    recipe["eval"] |= {"gate": "kl<=99", "task-log": "answers.jsonl"}
+    assert spectool("run", write(recipe)).code == 0
+    for content in ("{}", "{}\n{}"):
+        Path("answers.jsonl").write_text(content)
+        assert states(spectool("run", "release.yaml", "--json"))["eval"] == "cached"
+    Path("answers.jsonl").unlink()
+    again = spectool("run", "release.yaml", "--dry-run")
+    assert "eval: runs: answers.jsonl is gone" in again.out
 
 
 @pytest.mark.slow

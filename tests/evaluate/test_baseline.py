@@ -17,7 +17,8 @@ from spectool.evaluate.context import Context, Need
 from spectool.evaluate.gates import parse_gates
 from spectool.evaluate.intervals import Interval
 from spectool.evaluate.measures.base import Measure
-from spectool.evaluate.results import as_json
+from spectool.evaluate.measures.tasks import Score, Tasks
+from spectool.evaluate.results import as_json, read_numbers
 
 SETTING = {"model_type": "llama", "text": "sha256:1", "stride": None}
 
@@ -54,7 +55,7 @@ def write(folder: Path, found: Any) -> Baseline:
 
 
 def test_changes_leave_out_the_ends_of_intervals(baseline: Baseline) -> None:
-    changes = baseline.changes([result(1.1, 0.8)])
+    changes = baseline.changes(read_numbers(result(1.1, 0.8)), Small.metrics())
     assert [(each.metric, each.value, each.baseline) for each in changes] == [
         ("ratio.value", 1.1, 1.0),
         ("share", 0.8, 0.8),
@@ -63,6 +64,17 @@ def test_changes_leave_out_the_ends_of_intervals(baseline: Baseline) -> None:
     assert first["difference"] == pytest.approx(0.1) and first["ratio"] == pytest.approx(1.1)
     assert second["difference"] == 0 and second["ratio"] == 1
     assert changes[0].line() == "ratio: 1.1, baseline 1: +0.1, 1.1000 times"
+
+
+def test_scores_of_tasks_change_too(tmp_path: Path) -> None:
+    before, after = (
+        Tasks(tasks={"my-task": {"acc": Score(items=4, score=Interval(value, 0.1, 0.9))}})
+        for value in (0.5, 0.25)
+    )
+    baseline = write(tmp_path, {**as_json(before), "setting": SETTING})
+    metrics = ["tasks.my-task.acc.score.value", "tasks.my-task.acc.score.lower"]
+    (change,) = baseline.changes(read_numbers(after), metrics)
+    assert change == Change("tasks.my-task.acc.score.value", 0.25, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +96,8 @@ def test_a_ratio_to_nothing_is_defined(value: float, before: float, ratio: float
     ],
 )
 def test_gates_name_changes(baseline: Baseline, expression: str, value: float, holds: bool) -> None:
-    results = [result(1.1, 0.78)]
-    (gate,) = parse_gates([expression], results[0].metrics(), has_baseline=True)
-    checked = gate.check(results, baseline)
+    (gate,) = parse_gates([expression], Small.metrics(), has_baseline=True)
+    checked = gate.check(read_numbers(result(1.1, 0.78)), baseline)
     assert checked.value == pytest.approx(value) and checked.holds is holds
 
 

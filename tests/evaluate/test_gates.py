@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -9,6 +11,8 @@ from spectool.evaluate.gates import Checked, parse_gates
 from spectool.evaluate.intervals import Interval
 from spectool.evaluate.measures.divergence import Divergence, Divergences, ReferenceModel
 from spectool.evaluate.measures.perplexity import Perplexity, TextPerplexity
+from spectool.evaluate.measures.tasks import METRIC, TASK, Score, Tasks
+from spectool.evaluate.results import read_numbers
 
 RESULTS = [
     Perplexity(
@@ -41,6 +45,7 @@ RESULTS = [
     ),
 ]
 KNOWN = [metric for result in RESULTS for metric in result.metrics()]
+NUMBERS = read_numbers(*RESULTS)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,7 @@ KNOWN = [metric for result in RESULTS for metric in result.metrics()]
 )
 def test_a_gate_compares(expression: str, value: float, holds: bool) -> None:
     (gate,) = parse_gates([expression], KNOWN)
-    assert gate.check(RESULTS) == Checked(expression, value, holds)
+    assert gate.check(NUMBERS) == Checked(expression, value, holds)
 
 
 @pytest.mark.parametrize("sign", ["<=", ">=", "<", ">", "=="])
@@ -68,7 +73,7 @@ def test_a_gate_compares(expression: str, value: float, holds: bool) -> None:
 def test_a_figure_that_is_no_number_fails_every_gate(sign: str, metric: str) -> None:
     """Also one that this run could not measure."""
     (gate,) = parse_gates([f"{metric}{sign}1"], KNOWN)
-    assert gate.check(RESULTS).holds is False
+    assert gate.check(NUMBERS).holds is False
 
 
 @pytest.mark.parametrize("expression", ["", "kl", "kl<=", "kl<=x", "kl=1", "kl<=nan", "1<=kl"])
@@ -77,9 +82,46 @@ def test_an_expression_of_another_form_is_refused(expression: str) -> None:
         parse_gates([expression], KNOWN)
 
 
-def test_an_unknown_figure_is_refused_before_anything_runs() -> None:
-    with pytest.raises(UsageError, match="no metric speed"):
-        parse_gates(["speed>=1"], KNOWN)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("perplexity_ration", "did you mean perplexity_ratio?"),
+        ("kl.p99.9", "did you mean kl.p99_9?"),
+        ("speed", "the metrics of this run begin with perplexity, reference, "),
+    ],
+)
+def test_an_unknown_figure_is_refused_with_the_nearest_name(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"no metric {name}") as raised:
+        parse_gates([f"{name}>=1"], KNOWN)
+    assert hint in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    "task", ["my-task", "v1.0", "two words", "folder/task", "a<=b", "x==", "last-baseline", "TASK"]
+)
+def test_a_name_of_the_user_may_have_any_characters(task: str) -> None:
+    score = Score(items=4, score=Interval(0.5, 0.3, 0.7))
+    tasks = SimpleNamespace(metrics=lambda: [(task, "acc", None, True)])
+    known = Tasks.metrics(cast(Any, SimpleNamespace(tasks=tasks, paired=None)))
+    numbers = read_numbers(Tasks(tasks={task: {"acc": score}, "other": {"acc": score}}))
+    assert set(known) <= set(numbers)
+    expressions = [f"tasks.{task}.acc.score<=0.6", f" tasks.{task}.acc.score.lower > 4e-1 "]
+    gates = parse_gates(
+        [*expressions, f"tasks.{task}.acc.items - baseline==0"], known, has_baseline=True
+    )
+    assert [gate.check(numbers).holds for gate in gates[:2]] == [True, False]
+    assert (gates[2].metric, gates[2].change) == (f"tasks.{task}.acc.items", "-")
+    with pytest.raises(UsageError, match="no metric"):
+        parse_gates([f"tasks.{task}?.acc.score<=0.6"], known)
+
+
+def test_a_placeholder_stands_for_any_name() -> None:
+    known, placeholders = [f"tasks.{TASK}.{METRIC}.score.value", "kl.value"], (TASK, METRIC)
+    for name in ("tasks.my-task.acc.score", "tasks.a.b.exact_match.score.value", "kl"):
+        assert parse_gates([f"{name}>=0"], known, placeholders=placeholders)
+    for name in ("tasks.my-task.acc.scores", "tasks..acc.score", "kl.lower"):
+        with pytest.raises(UsageError, match="no metric"):
+            parse_gates([f"{name}>=0"], known, placeholders=placeholders)
 
 
 def test_metrics_are_the_numbers_only() -> None:

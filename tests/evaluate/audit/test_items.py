@@ -22,7 +22,6 @@ REPLY: dict[str, Any] = {"id": "b", "dimension": "e", "task": "generate", "promp
         ({**RIGHT, "id": ""}, "has no id"),
         ({**RIGHT, "id": 3}, "id is no text"),
         ({**RIGHT, "task": "pair"}, "expected choice or generate"),
-        ({**RIGHT, "dimension": "out-of"}, "expected letters"),
         ({**RIGHT, "messages": []}, "either prompt or messages"),
         ({**RIGHT, "options": [" x", " x"]}, "different texts"),
         ({**RIGHT, "options": [" x"]}, "two options"),
