@@ -91,8 +91,8 @@ def _trust_lines(result: Trust) -> list[str]:
             f"wrong, {flips.wrong_to_right} from wrong to right"
         )
     lines.append(
-        f"text of {drift.tokens} tokens: KL {drift.kl} nats, 99% below {drift.kl_99:.4g}; top-1 "
-        f"agreement {drift.top1_agreement:.2%}"
+        f"text of {drift.tokens} tokens: KL {drift.kl:.4g} nats, 99% below {drift.kl_99:.4g}; "
+        f"top-1 agreement {drift.top1_agreement:.2%}"
     )
     lines += [f"not measured: {name}: {why}" for name, why in result.not_measured.items()]
     if result.unscored_share:

@@ -6,8 +6,9 @@ A figure in JSON is a number, or an object with `value` and perhaps `lower` and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from spectool.files import size
@@ -108,6 +109,19 @@ def figure(value: Any, *, percent: bool = False, missing: str = "-") -> Cell:
 def bytes_of(value: Any) -> Cell:
     """Return the cell of a number of bytes."""
     return Cell(size(value), value) if is_number(value) else Cell("-")
+
+
+def tell_apart(paths: Iterable[str]) -> dict[str, str]:
+    """Return the shortest end of each path that no other of the paths has."""
+    parts = {path: PurePath(path).parts for path in paths}
+    names = {}
+    for path, own in parts.items():
+        ends = (own[-count:] for count in range(1, len(own)))
+        alone = (
+            end for end in ends if sum(each[-len(end) :] == end for each in parts.values()) == 1
+        )
+        names[path] = str(PurePath(*next(alone, own)))
+    return names
 
 
 def slug(text: str) -> str:

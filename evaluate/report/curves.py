@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,12 @@ from spectool.picture import COLOURS, MARKERS, MUTED, make_figure
 WIDTH, HEIGHT = 4.6, 3.3
 # A figure whose largest value is more than so many times the smallest has a logarithmic axis.
 _WIDE = 8.0
-# Peers drawn at most, and the length of a name in a legend.
-_PEERS, LONGEST = 8, 30
+# Peers drawn at most, and the length of a name at an axis and in a legend.
+_PEERS, LONGEST, _LONGEST_IN_LEGEND = 8, 30, 56
+# A legend's line in inches, and the lines that HEIGHT has room for.
+_LINE, _LINES = 0.16, 3
+# Numbers of each power of ten on a logarithmic axis.
+_TICKS = (1.0, 2.0, 5.0)
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -40,7 +45,12 @@ def draw_curves(
     `labels`: of both axes. `joined`: points of a curve are joined by lines. `hints` gets the texts
     of the points, by gid.
     """
-    whole = make_figure(WIDTH, HEIGHT)
+    shown = dict(list((beside or {}).items())[:_PEERS])
+    names = [*map(_in_legend, curves), *map(_of_peer, shown)]
+    longest = max(map(len, names))
+    columns = 3 if longest <= 16 else 2 if longest <= 24 else 1
+    lines = math.ceil(len(names) / columns)
+    whole = make_figure(WIDTH, HEIGHT + _LINE * max(0, lines - _LINES))
     panel = whole.subplots()
     panel.grid(axis="y")
     panel.set_axisbelow(True)
@@ -50,7 +60,7 @@ def draw_curves(
         marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
         look = {"color": colour, "marker": marker}
         line = "-" if joined else "none"
-        panel.plot(*_columns(spots), label=short(name), linestyle=line, zorder=3, **look)
+        panel.plot(*_columns(spots), label=_in_legend(name), linestyle=line, zorder=3, **look)
         for place, spot in enumerate(spots):
             gid = f"spot-{number}-{place}"
             hints[gid] = spot.hint
@@ -58,15 +68,12 @@ def draw_curves(
             panel.plot([spot.x], [spot.y], "o", color=colour, alpha=0, markersize=12, gid=gid)
             if spot.ends is not None:
                 panel.vlines(spot.x, *spot.ends, color=colour, linewidth=1, zorder=2)
-    shown = dict(list((beside or {}).items())[:_PEERS])
     _draw_beside(panel, shown)
     _scale(panel, [spot for spots in (*shown.values(), *curves.values()) for spot in spots])
     if all(isinstance(spot.x, int) for spots in curves.values() for spot in spots):
         panel.locator_params(axis="x", integer=True)
     panel.set_xlabel(labels[0])
     panel.set_ylabel(labels[1])
-    longest = max(len(name) for name in panel.get_legend_handles_labels()[1])
-    columns = 3 if longest <= 16 else 2 if longest <= 24 else 1
     whole.legend(loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
     return whole
 
@@ -76,7 +83,15 @@ def _draw_beside(panel: Any, curves: Curves) -> None:
         line = {"color": MUTED, "alpha": 0.75, "linewidth": 0.8, "zorder": 1.5}
         dots = {"marker": MARKERS[number % len(MARKERS)], "markersize": 3, "fillstyle": "none"}
         dash = _DASHES[number % len(_DASHES)]
-        panel.plot(*_columns(spots), dash, label=f"{short(name)} (peer)", **line, **dots)
+        panel.plot(*_columns(spots), dash, label=_of_peer(name), **line, **dots)
+
+
+def _in_legend(name: str) -> str:
+    return short(name, _LONGEST_IN_LEGEND)
+
+
+def _of_peer(name: str) -> str:
+    return f"{_in_legend(name)} (peer)"
 
 
 def short(name: str, longest: int = LONGEST) -> str:
@@ -90,7 +105,10 @@ def _columns(spots: Sequence[Spot]) -> tuple[list[float], list[float]]:
 
 def _scale(panel: Any, spots: Sequence[Spot]) -> None:
     """Choose a logarithmic axis where figures lie far apart, with plain numbers on it."""
+    from matplotlib.ticker import LogLocator
+
     values = [spot.y for spot in spots]
     if min(values) > 0 and max(values) / min(values) > _WIDE:
-        panel.set_yscale("log")
+        panel.set_yscale("log", subs=[])
+        panel.yaxis.set_major_locator(LogLocator(subs=_TICKS))
         panel.yaxis.set_major_formatter("{x:g}")

@@ -6,9 +6,8 @@ import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import PurePath
 
-from spectool.evaluate.report.content import Cell, Picture, Section, Table, figure
+from spectool.evaluate.report.content import Cell, Picture, Section, Table, figure, tell_apart
 from spectool.evaluate.report.curves import Spot, draw_curves
 from spectool.evaluate.report.runs import Run
 from spectool.evaluate.report.sections.speed import measured_in
@@ -63,10 +62,11 @@ def _table(caption: str, found: Mapping[str, Sequence[float]], *, percent: bool)
 
 
 def _shares(runs: Sequence[Run]) -> Iterator[tuple[str, Sequence[float]]]:
-    for run in runs:
-        if "conditional" in run.data:
-            name = f"{PurePath(run.data['out']).name} ({run.data['method']}, held out)"
-            yield name, list(itertools.accumulate(run.data["conditional"], operator.mul))
+    trained = [run.data for run in runs if "conditional" in run.data]
+    names = tell_apart(data["out"] for data in trained)
+    for data in trained:
+        name = f"{names[data['out']]} ({data['method']}, held out)"
+        yield name, list(itertools.accumulate(data["conditional"], operator.mul))
     yield from _of_drafters(runs, "acceptance_by_depth")
 
 
@@ -75,9 +75,10 @@ def _chains(runs: Sequence[Run]) -> Iterator[tuple[str, Sequence[float]]]:
 
 
 def _of_drafters(runs: Sequence[Run], field: str) -> Iterator[tuple[str, Sequence[float]]]:
+    models = tell_apart(measured["model"] for measured in measured_in(runs))
     for measured in measured_in(runs):
         for row in measured["drafters"]:
             if row.get(field):
                 size = measured["batch_size"]
                 batch = f", batch size {size}" if size > 1 else ""
-                yield f"{row['name']} on {PurePath(measured['model']).name}{batch}", row[field]
+                yield f"{row['name']} on {models[measured['model']]}{batch}", row[field]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import PurePath
 from typing import Any
 
 from spectool.evaluate.report.content import (
@@ -16,6 +15,7 @@ from spectool.evaluate.report.content import (
     figure,
     filled,
     slug,
+    tell_apart,
     text_of,
 )
 from spectool.evaluate.report.curves import Spot, draw_curves
@@ -33,13 +33,13 @@ def make(runs: Sequence[Run]) -> Section | None:
     measured = list(measured_in(runs))
     if not measured:
         return None
-    runtimes = {(PurePath(each["model"]).name, each["runtime"]) for each in measured}
-    shared = Counter(model for model, _ in runtimes)
+    models = tell_apart(each["model"] for each in measured)
+    shared = Counter(model for model, _ in {(each["model"], each["runtime"]) for each in measured})
     by_model: dict[str, list[Mapping[str, Any]]] = {}
     for each in measured:
-        model = PurePath(each["model"]).name
+        model = models[each["model"]]
         # A quantized checkpoint may be run both packed and dense.
-        name = f"{model}, {each['runtime']}" if shared[model] > 1 else model
+        name = f"{model}, {each['runtime']}" if shared[each["model"]] > 1 else model
         by_model.setdefault(name, []).append(each)
     pictures = [
         Picture(
@@ -54,9 +54,9 @@ def make(runs: Sequence[Run]) -> Section | None:
         )
         for name, each in by_model.items()
     ]
-    tables = [_table(measured)]
+    tables = [_table(measured, models)]
     if any(len(each.get("categories", ())) > 1 for each in measured):
-        tables.append(_categories(measured))
+        tables.append(_categories(measured, models))
     return Section(name="speed", title="Speed", text=[_TEXT], pictures=pictures, tables=tables)
 
 
@@ -87,11 +87,11 @@ def _curves(measured: Sequence[Mapping[str, Any]]) -> dict[str, list[Spot]]:
     return curves
 
 
-def _table(measured: Sequence[Mapping[str, Any]]) -> Table:
+def _table(measured: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> Table:
     rows = [
         [
             Cell("plain" if row["name"] == "none" else row["name"]),
-            Cell(PurePath(each["model"]).name),
+            Cell(models[each["model"]]),
             Cell(each["runtime"]),
             figure(each["batch_size"]),
             figure(row["tokens_per_second"]),
@@ -127,12 +127,12 @@ def _identical(row: Mapping[str, Any]) -> Cell:
     return Cell(f"{count} of {row['prompts']}", count / row["prompts"], good=whole or None)
 
 
-def _categories(measured: Sequence[Mapping[str, Any]]) -> Table:
+def _categories(measured: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> Table:
     rows = [
         [
             Cell(part["category"]),
             Cell(row["name"]),
-            Cell(PurePath(each["model"]).name),
+            Cell(models[each["model"]]),
             Cell(each["runtime"]),
             figure(each["batch_size"]),
             figure(row["tokens_per_second"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePath
 
 from spectool.evaluate.report.content import Cell, Section, Table, figure, is_number
 from spectool.evaluate.report.runs import Run
@@ -29,7 +28,7 @@ def make(runs: Sequence[Run]) -> Section | None:
             pairs = {"tokens per forward, estimated": (before, after)}
         rows += [
             [
-                Cell(PurePath(data["out"]).name),
+                Cell(data["out"]),
                 Cell(data["method"]),
                 Cell(name),
                 figure(before),

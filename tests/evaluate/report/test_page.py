@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from spectool.cli import app
 from spectool.errors import InputError
 from spectool.evaluate.report import page as page_module
+from spectool.evaluate.report.content import tell_apart
 from spectool.evaluate.report.page import write_report
 from spectool.evaluate.report.runs import read_runs
 from spectool.picture import COLOURS, VARIABLES
@@ -230,6 +231,36 @@ def test_layers_without_a_number_and_two_texts_are_shown(tmp_path: Path) -> None
     assert captions == ["Decoder layers of packed-rtn-3", "Decoder layers of packed-rtn-3, other"]
     squares = [text for _, text in page.all("title") if re.match(r"model\.layers\.\d of", text)]
     assert len(squares) == 3
+
+
+def test_checkpoints_of_variants_are_told_apart(tmp_path: Path) -> None:
+    """Their directories have the same name, in other folders."""
+    bench = next(run for run in results.ALL.values() if "drafters" in run)
+    trained = next(run for run in results.ALL.values() if "conditional" in run)
+    chosen = {}
+    for bits in (2, 3):
+        chosen[f"{bits}-bench"] = bench | {"model": f"release/bits={bits}/packed"}
+        chosen[f"{bits}-heads"] = trained | {"out": f"release/bits={bits}/heads"}
+    folder = results.write(tmp_path / "run", chosen)
+    write_report(read_runs([folder]), tmp_path / "report.html", tmp_path / "pictures")
+    page = Page((tmp_path / "report.html").read_text())
+    rows = [text for _, text in page.all("tr")]
+    for bits in (2, 3):
+        assert any(f"bits={bits}/packed" in text for text in rows)
+        assert any(text.startswith(f"bits={bits}/heads (") for text in rows)
+    assert (tmp_path / "pictures/speed-bits-2-packed.svg").exists()
+    assert tell_apart(["a/b/c", "c", "d/c"]) == {"a/b/c": "b/c", "c": "c", "d/c": "d/c"}
+
+
+def test_a_logarithmic_axis_has_plain_numbers(tmp_path: Path) -> None:
+    chosen = {
+        f"{bits}-eval": results.evaluation("rtn", bits, 1 + kl, kl)
+        for bits, kl in ((2, 0.0166), (3, 0.00412), (4, 0.00178))
+    }
+    folder = results.write(tmp_path / "run", chosen)
+    write_report(read_runs([folder]), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "mathdefault" not in page and "0.002" in page and "0.01" in page
 
 
 def test_pictures_are_files_too(made: tuple[Path, list[Path]]) -> None:
