@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -398,19 +400,23 @@ def start_process(words: Sequence[str], *, lock: int) -> tuple[int, str]:
         text=True,
         encoding="utf-8",
         pass_fds=[lock],
-        preexec_fn=_end_with_parent,
+        preexec_fn=functools.partial(_end_with_parent, os.getpid()),
     )
     try:
         printed, _ = process.communicate()
     except KeyboardInterrupt:
         process.terminate()
-        process.wait()
+        # Read on, or a stage that is just printing a long result could not end.
+        process.communicate()
         raise
     return process.returncode, printed
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends."""
+def _end_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent ends, and end if it did already."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        # A parent killed before that call, as on a busy machine, sends nothing any more.
+        if os.getppid() != parent:
+            os._exit(1)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -388,6 +387,17 @@ def test_a_folder_that_no_run_made_is_left_alone(
     assert [path.name for path in Path("release").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children")
+def test_a_stage_whose_run_was_killed_before_it_could_ask_for_a_signal_ends() -> None:
+    script = (
+        "import os\nfrom spectool.recipe.execute import _end_with_parent\n"
+        "_end_with_parent(os.getppid())\nprint('goes on', flush=True)\n"
+        "_end_with_parent(os.getppid() + 1)\nprint('goes on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "goes on\n"), done.stderr
+
+
 def start_run(*, wait_for: str) -> subprocess.Popen[str]:
     """Start a run as a user does, and return it when its stderr has a line with these words."""
     words = [sys.executable, "-m", "spectool", "run", "release.yaml"]
@@ -407,8 +417,8 @@ def test_killed_at_each_stage_it_goes_on_to_the_same_results(recipe: dict[str, A
     assert subprocess.run([*whole, "--out", "whole"]).returncode == 0
     for number, stage in enumerate(("quantize", "train-heads", "eval", "bench"), start=1):
         run = start_run(wait_for=f"$ spectool {stage}")
-        # Into the stage: python and torch take longer than this to start.
-        time.sleep(number)
+        # The stage's first line is its plan, or what it read: the work is ahead.
+        assert run.stderr is not None and run.stderr.readline()
         how = signal.SIGKILL if number % 2 else signal.SIGTERM
         os.kill(run.pid, how)
         run.communicate()
