@@ -386,10 +386,11 @@ METHODS: dict[str, Method] = {
     ),
     "transcoder": Method(
         kind="measure",
-        target="spectool.evaluate.measures.transcoder:Transcoder",
-        summary="Sparse features of an MLP, learnt from the reference, that the model keeps; "
-        "minutes for a layer",
-        source="Dunefsky et al., 2024 (arXiv:2406.11944); a narrow form: one layer, less text",
+        target="spectool.evaluate.measures.transcoder:TranscoderFidelity",
+        summary="Sparse features of an MLP, learnt from the reference, that the model keeps; one "
+        "layer: minutes at a width of 320, growing with its square",
+        source="inspired by Dunefsky et al., 2024 (arXiv:2406.11944): one layer, half the features "
+        "per width, less text",
         status="research",
     ),
     "generation": Method(

@@ -134,13 +134,14 @@ class Recipe:
     every: int = 100
     skip_overflow: bool = False
 
-    def share(self, step: int) -> float:
-        """Return the share of the peak learning rate at a step, counted from 0."""
-        rising = max(1, math.ceil(self.warmup * self.steps))
-        if step < rising:
-            return (step + 1) / rising
-        done = (step - rising) / max(1, self.steps - rising)
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+def rate_share(step: int, steps: int, *, warmup: float, final: float = 0.0) -> float:
+    """Return the share of the peak learning rate at a step, counted from 0; see `Recipe`."""
+    rising = max(1, math.ceil(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Store(Protocol):
@@ -235,7 +236,8 @@ class Training:
     def _step(self, step: int) -> Metrics:
         """Take one step of the optimizers, unless the gradient overflowed; return its metrics."""
         started = time.monotonic()
-        share = self.recipe.share(step)
+        recipe = self.recipe
+        share = rate_share(step, recipe.steps, warmup=recipe.warmup, final=recipe.final)
         for optimizer, rates in zip(self.optimizers, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, rates, strict=True):
                 if not self._schedules:

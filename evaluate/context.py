@@ -45,6 +45,7 @@ from spectool.evaluate.log_probs import (
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.protocols import make_windows
 from spectool.evaluate.tasks.load import TaskSet
+from spectool.evaluate.transcoder_plan import TranscoderPlan, plan_transcoder
 from spectool.machine import available_memory
 from spectool.model.lm_head import read_lm_head
 from spectool.model.loading import (
@@ -64,7 +65,9 @@ MEMORY_SHARE = 0.7
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
 
 # What an evaluation may have or lack: attributes of the context.
-Need = Literal["windows", "reference", "source", "walkers", "pair", "prompts", "openings", "tasks"]
+Need = Literal[
+    "windows", "reference", "source", "walkers", "transcoder", "prompts", "openings", "tasks"
+]
 
 # Openings cut out of the text: how many, their tokens, and the new tokens of each.
 OPENINGS, OPENING_TOKENS, OPENING_NEW_TOKENS = 16, 32, 64
@@ -212,11 +215,9 @@ class Context:
                     found["reference"] = record.source
                 case Checkpoint() as other:
                     found["reference"] = other.fingerprint()
-        if "pair" in self.needs:
-            given = self.options
-            found["transcoder"] = [
-                given.transcoder_layer, given.transcoder_width, given.transcoder_tokens
-            ]  # fmt: skip
+        if "transcoder" in self.needs and self.transcoder is not None:
+            made_of = self.transcoder.made_of
+            found["transcoder"] = [made_of[name] for name in ("layer", "width", "tokens")]
         if options := (self.options if self.options.task else None):
             found["tasks"] = [
                 list(options.task), options.task_limit, options.task_shots, options.task_chat
@@ -308,12 +309,13 @@ class Context:
         other = self.reference
         return other if isinstance(other, Checkpoint) and self.fits(other) else None
 
-    @property
-    def pair(self) -> tuple[Checkpoint, Checkpoint] | None:
-        """The reference and the checkpoint, where both fit in memory as a whole.
+    @cached_property
+    def transcoder(self) -> TranscoderPlan | None:
+        """What a transcoder is trained on, where the reference and the checkpoint fit as a whole.
 
         Raises:
-            UsageError: they have other layers, or the options are of decoding with a cache.
+            InputError: the checkpoints have other layers, the options are of decoding with a cache,
+                or layer, text or file do not do (`plan_transcoder`).
         """
         other = self.paired
         if other is None or not self.fits(self.checkpoint):
@@ -325,7 +327,13 @@ class Context:
             )
         if self.load.kv != "dense" or self.load.forward == "fused":
             raise UsageError("--measure transcoder has no cache: leave --kv and --forward out")
-        return other, self.checkpoint
+        is_packed = other.layout.is_packed
+        how = {
+            "dtype": str(self._dtype(other)).removeprefix("torch."),
+            "runtime": self.load.runtime if is_packed else "dense",
+            "activations": self.load.activations if is_packed else "exact",
+        }
+        return plan_transcoder(other, self.windows, self.options, how)
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         """Return whether a checkpoint is loaded whole."""

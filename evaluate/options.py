@@ -10,6 +10,9 @@ from spectool.errors import UsageError
 from spectool.options import option
 from spectool.shared_options import TextOptions
 
+# Steps on fewer tokens teach a transcoder nothing.
+LEAST_TRANSCODER_TOKENS = 4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOptions(TextOptions):
@@ -87,7 +90,7 @@ class EvalOptions(TextOptions):
     transcoder_tokens: int = option(
         131072,
         "Tokens that the transcoder is trained on; of a shorter text, the same ones again",
-        minimum=1,
+        minimum=LEAST_TRANSCODER_TOKENS,
     )
     transcoder_file: Path | None = option(
         None,

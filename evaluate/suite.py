@@ -20,7 +20,7 @@ _GIVEN_BY: dict[Need, str] = {
     "reference": "--reference",
     "source": "--reference CHECKPOINT, from which MODEL was quantized",
     "walkers": "--reference CHECKPOINT with decoder layers like MODEL's",
-    "pair": "--reference CHECKPOINT, which fits in memory as a whole, as MODEL must",
+    "transcoder": "--reference CHECKPOINT, which fits in memory as a whole, as MODEL must",
     "prompts": "--prompts",
     "tasks": "--task",
     "openings": "a model that fits in memory as a whole",

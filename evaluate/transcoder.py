@@ -1,52 +1,45 @@
 """A transcoder: a wide, sparse stand-in for an MLP, trained to compute what the MLP computes.
 
-With x what goes into the MLP and y what comes out (Dunefsky et al., 2024, arXiv:2406.11944):
+With an MLP's input x and output y (Dunefsky et al., 2024, arXiv:2406.11944):
 
     z = relu(W_e (x - b_d) + b_e),   y' = W_d z + b_o,
     loss = mean over tokens of |y' - y|^2 / |y| + PENALTY sum of z,
 
-where each feature's vector in W_d has length 1. Both terms grow with y to the first power, so that
-the penalty means the same whatever the scale of y. The paper takes the mean over the D dimensions
-of the squared error, with a penalty of 1.4e-4 at D = 768; here it is their sum, so that PENALTY
-means the same at any width. It is trained on x - b_d and y divided by the root mean squares of
-their lengths, so that the learning rate does, too; its weights are rescaled in the end. b_d is the
-mean of x: b_e makes up for what it could learn. The paper trains on 60 million tokens; here the
-learning rate is higher and falls in the end, and features begin as rarely active ones. Those that
-die are counted, not revived.
+where each feature's vector in W_d has length 1. Both terms of the loss are proportional to the
+scale of y, so that the penalty means the same at any scale. Training differs from the paper's:
+
+- The squared error is a sum over the D dimensions, and the penalty D = 768 times the paper's
+  1.4e-4. The paper takes the mean at that D; a sum makes the penalty mean the same at any D.
+- x - b_d and y are divided by the root mean squares of their lengths, so that the learning rate
+  means the same at any scale. The trained weights are scaled back.
+- b_d stays the mean of x: b_e can learn every shift of the features that b_d could.
+- Tokens are few (the paper: 60 million), so that the learning rate is high and falls, steps have
+  few tokens, and features begin rarely active. Dead features are counted, not revived.
 
 Shapes: T tokens, B of a step, D width, F features.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectool.checkpoint.artifact import write_safetensors
-from spectool.checkpoint.headers import read_header
-from spectool.checkpoint.tensors import read_tensors
-from spectool.errors import CheckpointError, NotFinite, UsageError
-from spectool.files import disk_errors, replacing
+from spectool.errors import NotFinite
 from spectool.report import SILENT, Reporter
-from spectool.training import Recipe
+from spectool.training import rate_share
 
 PENALTY = 1.4e-4 * 768
-# Of vectors of length 1: a number in one takes steps of RATE / D^0.5.
+# Adam changes a number by about the learning rate. The numbers of a vector of length 1 are about
+# 1 / D^0.5, so that the peak of the learning rate is RATE / D^0.5.
 RATE, WARM_UP = 0.05, 0.1
 BATCH = 256
-# A feature that no token activates in this share of the steps, the last ones, is dead.
-LATE = 0.5
-
-FORMAT_VERSION = 1
+# A feature is dead if no token activates it in this share of the steps, the last ones.
+LAST_STEPS = 0.5
 
 
 class Transcoder(nn.Module):
@@ -72,12 +65,12 @@ class Transcoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for parameter in (self.W_enc, self.W_dec):
             parameter.copy_(_unit(torch.randn(parameter.shape, generator=generator)))
-        # Random features of x of length 1 are about 1 / D^0.5: a sixth of the tokens activates one.
+        # W_e x is about 1 / D^0.5 for x of length 1: a sixth of the tokens activates a feature.
         self.b_enc.fill_(-(len(out_D) ** -0.5))
         self.b_dec_out.copy_(out_D)
 
     def encode(self, x_TD: Tensor) -> Tensor:
-        """Return the features [T, F] of what goes into the MLP; those above 0 are active."""
+        """Return the features [T, F] of the MLP's inputs; those above 0 are active."""
         return functional.linear(x_TD - self.b_dec, self.W_enc, self.b_enc).relu()
 
     def decode(self, z_TF: Tensor) -> Tensor:
@@ -119,7 +112,7 @@ def train(
 ) -> Trained:
     """Train a transcoder on `tokens` tokens, which are taken again in another order if T is less.
 
-    The result depends on the seed alone, up to rounding.
+    Both numbers are at least BATCH. The result depends on the seed alone, up to rounding.
 
     Raises:
         NotFinite: the loss is NaN or infinite.
@@ -130,24 +123,26 @@ def train(
     transcoder = Transcoder(features, width).to(device)
     transcoder.begin(y_TD.mean(0) / y_scale, seed=seed)
     optimizer = torch.optim.Adam(transcoder.parameters(), fused=True)
-    recipe = Recipe(steps=max(1, tokens // BATCH), warmup=WARM_UP)
+    steps = tokens // BATCH
     generator = torch.Generator().manual_seed(seed)
-    late_F = torch.zeros(features, dtype=torch.bool, device=device)
+    active_F = torch.zeros(features, dtype=torch.bool, device=device)
     order_T, place = torch.randperm(len(x_TD), generator=generator), 0
-    for step in range(recipe.steps):
+    for step in range(steps):
         if place + BATCH > len(order_T):
             order_T, place = torch.randperm(len(x_TD), generator=generator), 0
         rows_B = order_T[place : place + BATCH]
         place += BATCH
         x_BD = ((x_TD[rows_B] - mean_D) / x_scale).to(device)
         y_BD = (y_TD[rows_B] / y_scale).to(device)
-        optimizer.param_groups[0]["lr"] = RATE * width**-0.5 * recipe.share(step)
+        optimizer.param_groups[0]["lr"] = (
+            RATE * width**-0.5 * rate_share(step, steps, warmup=WARM_UP)
+        )
         loss, z_BF = take_step(transcoder, optimizer, x_BD, y_BD)
         if not math.isfinite(loss):
             raise NotFinite(f"the transcoder's loss is {loss} at step {step + 1}")
-        if step >= (1 - LATE) * recipe.steps:
-            late_F |= (z_BF > 0).any(0)
-        reporter.progress(step + 1, recipe.steps, f"transcoder: loss {loss:.3f}, steps")
+        if step >= (1 - LAST_STEPS) * steps:
+            active_F |= (z_BF > 0).any(0)
+        reporter.progress(step + 1, steps, f"transcoder: loss {loss:.3f}, steps")
     with torch.no_grad():
         transcoder.b_dec.copy_(mean_D)
         transcoder.W_enc.mul_(y_scale / x_scale)
@@ -155,8 +150,8 @@ def train(
         transcoder.b_dec_out.mul_(y_scale)
     return Trained(
         transcoder=transcoder,
-        tokens=recipe.steps * BATCH,
-        dead=int((~late_F).sum()),
+        tokens=steps * BATCH,
+        dead=int((~active_F).sum()),
         seconds=time.monotonic() - began,
     )
 
@@ -178,51 +173,6 @@ def take_step(
         optimizer.step()
         vectors_FD.copy_(_unit(vectors_FD))
     return float(loss.detach()), z_BF.detach()
-
-
-def write_transcoder(path: Path, trained: Trained, made_of: Mapping[str, Any]) -> None:
-    """Write a transcoder, and what it was made of, to a file that appears when it is complete."""
-    record = {
-        "kind": "transcoder",
-        "format_version": FORMAT_VERSION,
-        "made_of": dict(made_of),
-        "tokens": trained.tokens,
-        "dead": trained.dead,
-        "seconds": trained.seconds,
-    }
-    tensors = {name: part.cpu() for name, part in trained.transcoder.state_dict().items()}
-    with disk_errors(path), replacing(path) as temporary:
-        write_safetensors(temporary, tensors, record)
-
-
-def read_transcoder(path: Path, made_of: Mapping[str, Any], device: torch.device) -> Trained:
-    """Read a transcoder that `write_transcoder` wrote.
-
-    Raises:
-        CheckpointError: the file is damaged, or holds something else.
-        UsageError: it was made of something else.
-    """
-    try:
-        record = json.loads(read_header(path)[0]["spectool"])
-        if record["kind"] != "transcoder" or record["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: no transcoder that this version reads")
-        for name, value in made_of.items():
-            if record["made_of"][name] != value:
-                raise UsageError(
-                    f"{path}: its {name} is {record['made_of'][name]}, and this run's is {value}",
-                    hint="name another file, in which this run's transcoder is kept",
-                )
-        tensors = read_tensors(path)
-        transcoder = Transcoder(*tensors["W_enc"].shape)
-        transcoder.load_state_dict(tensors)
-        return Trained(
-            transcoder=transcoder.to(device),
-            tokens=record["tokens"],
-            dead=record["dead"],
-            seconds=record["seconds"],
-        )
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a transcoder's file (--transcoder-file)") from error
 
 
 def _length(rows_TD: Tensor) -> float:

@@ -172,15 +172,6 @@ def find_parts(layer: nn.Module) -> Parts:
     return parts
 
 
-def find_mlp(layer: nn.Module) -> Mlp | None:
-    """Find the MLP of a layer; None if it has none under a known name, or one of experts.
-
-    Raises:
-        UnknownLayerError: its activation is unknown.
-    """
-    return _find_mlp(_child(layer, families.MLP) or layer)
-
-
 def _settings(module: Any) -> dict[str, Any]:
     config = getattr(module, "config", None)
     return {} if config is None else vars(config)

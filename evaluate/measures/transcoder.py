@@ -4,16 +4,16 @@ The transcoder (`evaluate/transcoder.py`) learns what the reference's MLP comput
 over the text. Up to 16 others, which share no token with them, give the figures:
 
 - `explained_variance`: 1 - sum |y' - y|^2 / sum |y - mean of y|^2, where y are the outputs of a
-  model's MLP and y' the transcoder's for what goes into that MLP; `change`: the model's minus the
+  model's MLP and y' those of the transcoder on the same inputs; `change`: the model's minus the
   reference's;
 - `active`: the number of features above 0, of a token;
-- `overlap`: the active features that both models' tokens have, divided by those that either has
-  (Jaccard, 1901), as a mean over tokens; 1 where neither has any;
+- `overlap`: the features that are active in both models, divided by those that are active in one
+  or both (Jaccard, 1901), as a mean over the tokens that activate any; NaN where none does;
 - `feature_error`: the sum of |W_d (z' - z)| divided by that of |W_d z|, where z are the features of
   the reference, and z' of the model: by how much other features change the output;
-- `loss_rise`: what the cross-entropy of the reference rises by, in nats a token, with the
-  transcoder in place of its MLP; `loss_recovered`: 1 minus this rise divided by the rise with the
-  MLP's mean output there.
+- `loss_rise`: the rise of the reference's cross-entropy, in nats a token, with the transcoder in
+  place of its MLP; `loss_recovered`: 1 minus this rise divided by the rise with the MLP's mean
+  output there.
 
 These are diagnostics of one layer: features that are lost may not matter, and a bad transcoder
 (`explained_variance`, `loss_recovered`) shows little. The first token of a window is in no figure.
@@ -24,7 +24,6 @@ K columns, R resamples.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,21 +32,19 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from spectool.data.windows import Windows
-from spectool.errors import TextError, UsageError
+from spectool.errors import UnsupportedError
 from spectool.evaluate.context import Context, Need
 from spectool.evaluate.intervals import Interval, bootstrap
 from spectool.evaluate.measures.base import Measure
-from spectool.evaluate.mlp import TappedMlp, name_layer
-from spectool.evaluate.transcoder import BATCH, Trained, read_transcoder, train, write_transcoder
-from spectool.evaluate.transcoder import Transcoder as Module
+from spectool.evaluate.mlp import TappedMlp
+from spectool.evaluate.transcoder import Trained, Transcoder, train
+from spectool.evaluate.transcoder_plan import TranscoderPlan, read_transcoder, write_transcoder
 from spectool.report import Reporter
 
-HELD_OUT_WINDOWS = 16
-# Text for fewer steps teaches nothing.
-LEAST_TOKENS = 16 * BATCH
+# Outputs whose variance is at most this share of their mean square are one vector, rounded.
+LEAST_VARIANCE = 1e-12
 
-# What goes into an MLP and what comes out, of windows: [S, N, D] each.
+# The input and the output of an MLP on windows: [S, N, D] each.
 Pair = tuple[Tensor, Tensor]
 
 
@@ -60,7 +57,7 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fidelity:
+class Figures:
     """Figures of a transcoder; the module's description has the definitions.
 
     `tokens`: it was trained on; `dead`: features that none of the last ones activated.
@@ -81,28 +78,27 @@ class Fidelity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Transcoder(Measure):
-    needs: ClassVar[tuple[Need, ...]] = ("windows", "pair")
+class TranscoderFidelity(Measure):
+    """Features of one MLP that the checkpoint keeps; see the module's description."""
+
+    needs: ClassVar[tuple[Need, ...]] = ("windows", "transcoder")
     by_default: ClassVar[bool] = False
 
-    transcoder: Fidelity
+    transcoder: Figures
 
     @classmethod
     def run(cls, context: Context) -> Self:
-        assert context.pair is not None
-        options, (reference, checkpoint) = context.options, context.pair
-        layer = name_layer(reference, options.transcoder_layer)
-        train_SL, held_SL = split(context.windows, options.transcoder_tokens)
-        mlp = TappedMlp(context.load_model(reference), layer)
-        reporter = context.reporter
-        trained = _make(context, reference.fingerprint(), mlp, train_SL)
-        theirs = _read(mlp, held_SL, reporter)
-        losses = _splice(mlp, trained.transcoder, theirs[1].mean((0, 1)), held_SL, reporter)
+        plan, reporter = context.transcoder, context.reporter
+        assert plan is not None
+        mlp = TappedMlp(context.load_model(plan.reference), plan.mlp)
+        trained = _make(context, plan, mlp)
+        theirs = _read(mlp, plan.held_SL, reporter)
+        losses = _splice(mlp, trained.transcoder, theirs[1].mean((0, 1)), plan.held_SL, reporter)
         # One model is in memory at a time.
         del mlp
-        ours = _read(TappedMlp(context.load_model(checkpoint), layer), held_SL, reporter)
-        means = _compare(trained.transcoder, theirs, ours) | losses
-        return cls(transcoder=_describe(layer, trained, means))
+        mlp = TappedMlp(context.load_model(context.checkpoint), plan.mlp)
+        means = _compare(trained.transcoder, theirs, _read(mlp, plan.held_SL, reporter)) | losses
+        return cls(transcoder=_describe(plan.mlp.layer, trained, means))
 
     def lines(self) -> Iterator[str]:
         found = self.transcoder
@@ -125,70 +121,31 @@ class Transcoder(Measure):
         yield f"change of the output by features: {found.feature_error:.2%}"
 
 
-def split(windows: Windows, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return windows to train on, no more than give `tokens` tokens, and held-out ones [S, L].
-
-    Both are from all over the text, so that they are of the same kinds.
-
-    Raises:
-        UsageError: windows may share tokens.
-        TextError: the text is too short.
-    """
-    if windows.stride is not None or windows.protocol == "c4":
-        name = "--stride" if windows.protocol != "c4" else "--protocol c4"
-        raise UsageError(f"--measure transcoder holds windows out, which overlap with {name}")
-    ids_SL = max(windows.groups, key=len)
-    count, usable = len(ids_SL), ids_SL.shape[1] - 1
-    held = min(HELD_OUT_WINDOWS, count // 4)
-    if held < 2 or (count - held) * usable < LEAST_TOKENS:
-        raise TextError(
-            f"the text has {count} windows of {ids_SL.shape[1]} tokens; a transcoder needs 8 or "
-            f"more, and {LEAST_TOKENS} tokens to learn from",
-            hint="give a longer text with --text, or a smaller --window",
-        )
-    held_S = torch.linspace(0, count - 1, held).round().long()
-    is_free = torch.ones(count, dtype=torch.bool)
-    is_free[held_S] = False
-    free_S = is_free.nonzero()[:, 0]
-    wanted = min(len(free_S), math.ceil(tokens / usable))
-    train_S = free_S[torch.linspace(0, len(free_S) - 1, wanted).round().long()]
-    return ids_SL[train_S], ids_SL[held_S]
-
-
-def _make(context: Context, reference: str, mlp: TappedMlp, train_SL: Tensor) -> Trained:
-    """Train a transcoder and keep it in `--transcoder-file`, or read it from there.
-
-    Raises:
-        InputError: the file cannot be written, or holds another transcoder.
-    """
-    options, path = context.options, context.options.transcoder_file
-    made_of = {
-        "reference": reference,
-        "layer": mlp.name,
-        "text": Windows((train_SL,), train_SL.shape[1], None).digest(),
-        "width": options.transcoder_width,
-        "tokens": options.transcoder_tokens,
-    }
-    if path is not None and path.exists():
-        return read_transcoder(path, made_of, context.device)
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"--transcoder-file {path}: there is no folder {path.parent}")
-    x_TD, y_TD = (part.flatten(0, 1) for part in _read(mlp, train_SL, context.reporter))
+def _make(context: Context, plan: TranscoderPlan, mlp: TappedMlp) -> Trained:
+    """Train a transcoder and keep it in `--transcoder-file`, or read it from there."""
+    if plan.path is not None and plan.path.exists():
+        return read_transcoder(plan.path, plan.made_of, context.device)
+    x_TD, y_TD = (part.flatten(0, 1) for part in _read(mlp, plan.train_SL, context.reporter))
     trained = train(
         x_TD,
         y_TD,
-        features=options.transcoder_width * x_TD.shape[1],
-        tokens=options.transcoder_tokens,
+        features=plan.made_of["width"] * x_TD.shape[1],
+        tokens=plan.made_of["tokens"],
         device=context.device,
         reporter=context.reporter,
     )
-    if path is not None:
-        write_transcoder(path, trained, made_of)
+    if plan.path is not None:
+        write_transcoder(plan.path, trained, plan.made_of)
     return trained
 
 
 def _read(mlp: TappedMlp, ids_SL: Tensor, reporter: Reporter) -> Pair:
-    """Return what goes into the MLP and what comes out [S, N, D], in the processor's memory."""
+    """Return the input and the output [S, N, D] of the MLP, in the processor's memory.
+
+    Raises:
+        NotFinite: one of them is NaN or infinite.
+        UnsupportedError: the output is the same for all tokens.
+    """
     x_SND = y_SND = torch.empty(0)
     for index, ids_L in enumerate(ids_SL):
         x_ND, y_ND = mlp.read(ids_L)
@@ -196,6 +153,10 @@ def _read(mlp: TappedMlp, ids_SL: Tensor, reporter: Reporter) -> Pair:
             x_SND, y_SND = (torch.empty(len(ids_SL), *each.shape) for each in (x_ND, y_ND))
         x_SND[index], y_SND[index] = x_ND, y_ND
         reporter.progress(index + 1, len(ids_SL), "windows read")
+    y_TD = y_SND.flatten(0, 1)
+    mean_square = torch.linalg.vector_norm(y_TD).square() / len(y_TD)
+    if y_TD.var(0).sum() <= LEAST_VARIANCE * mean_square:
+        raise UnsupportedError(f"{mlp.name}: the MLP's output does not vary")
     return x_SND, y_SND
 
 
@@ -216,7 +177,7 @@ def _splice(
 
 
 @torch.inference_mode()
-def _compare(transcoder: Module, theirs: Pair, ours: Pair) -> dict[str, Tensor]:
+def _compare(transcoder: Transcoder, theirs: Pair, ours: Pair) -> dict[str, Tensor]:
     """Return means over tokens [S] of what the figures are made of, for each held-out window."""
     their_mean_D, our_mean_D = (y_SND.mean((0, 1)) for _, y_SND in (theirs, ours))
     found: dict[str, list[float]] = defaultdict(list)
@@ -234,7 +195,8 @@ def _compare(transcoder: Module, theirs: Pair, ours: Pair) -> dict[str, Tensor]:
             "our_spread": (our_y_ND - our_mean_D).square().sum(-1),
             "active": is_on_NF.sum(-1),
             "our_active": is_ours_on_NF.sum(-1),
-            "overlap": torch.where(either_N > 0, both_N / either_N.clamp(min=1), 1.0),
+            "any": either_N > 0,
+            "shared": both_N / either_N.clamp(min=1),
             "moved": torch.linalg.vector_norm(our_out_ND - out_ND, dim=-1),
             "size": torch.linalg.vector_norm(out_ND - silent_D, dim=-1),
         }
@@ -243,7 +205,7 @@ def _compare(transcoder: Module, theirs: Pair, ours: Pair) -> dict[str, Tensor]:
     return {name: torch.tensor(value_S, dtype=torch.float64) for name, value_S in found.items()}
 
 
-def _describe(layer: str, trained: Trained, means: dict[str, Tensor]) -> Fidelity:
+def _describe(layer: str, trained: Trained, means: dict[str, Tensor]) -> Figures:
     """Make the figures of means over the tokens of each held-out window."""
     columns_SK = torch.stack(list(means.values()), 1)
 
@@ -253,7 +215,7 @@ def _describe(layer: str, trained: Trained, means: dict[str, Tensor]) -> Fidelit
             lambda means_RK: statistic(dict(zip(means, means_RK.unbind(1), strict=True))),
         )
 
-    return Fidelity(
+    return Figures(
         layer=layer,
         features=len(trained.transcoder.b_enc),
         tokens=trained.tokens,
@@ -268,7 +230,7 @@ def _describe(layer: str, trained: Trained, means: dict[str, Tensor]) -> Fidelit
             active=over(lambda m: m["our_active"]),
         ),
         change=over(lambda m: m["error"] / m["spread"] - m["our_error"] / m["our_spread"]),
-        overlap=over(lambda m: m["overlap"]),
+        overlap=over(lambda m: m["shared"] / m["any"]),
         feature_error=over(lambda m: m["moved"] / m["size"]),
         loss_rise=over(lambda m: m["spliced"] - m["loss"]),
         loss_recovered=over(lambda m: 1 - (m["spliced"] - m["loss"]) / (m["ablated"] - m["loss"])),

@@ -58,3 +58,18 @@ def test_an_earlier_result_is_the_baseline(
     absent = ["--measure", "divergence", "--reference", source, "--gate", "kl/baseline<=1"]
     missing = spectool(*words, *absent)
     assert missing.code == 2 and "last.json has no kl.value" in missing.err
+
+
+def test_the_lines_of_a_transcoder_say_which_features_are_left(
+    spectool: Spectool, checkpoint: Checkpoints
+) -> None:
+    source = checkpoint("llama")
+    words = ["--measure", "transcoder", "--reference", source, "--limit", 16_000, "--window", 64]
+    words += ["--transcoder-width", 2, "--transcoder-tokens", 4096, "--dtype", "bfloat16"]
+    gates = ["--gate", "transcoder.overlap.lower>=1", "--gate", "transcoder.model.active<=0"]
+    shown = spectool("eval", source, *words, *gates)
+    assert shown.code == 3, shown.err
+    assert "transcoder of model.layers.1: 64 features (" in shown.out
+    assert "overlap 100.00% [100.00%, 100.00%]" in shown.out
+    assert "change of the output by features: 0.00% [0.00%, 0.00%]" in shown.out
+    assert shown.out.count("does not hold") == 1
