@@ -31,10 +31,12 @@ class Interval:
     upper: float
 
     def __str__(self) -> str:
-        return format(self, ".4g")
+        return format(self)
 
     def __format__(self, spec: str) -> str:
-        """Write the value, and the interval if there is one, all by one format of numbers."""
+        """Write the value, and the interval if there is one, all by one format of numbers; by
+        default with four digits."""
+        spec = spec or ".4g"
         value = format(self.value, spec)
         if math.isnan(self.lower):
             return value

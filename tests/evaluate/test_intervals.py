@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from spectool.evaluate.intervals import bootstrap, bootstrap_within, holm, mcnemar, share
+from spectool.evaluate.intervals import Interval, bootstrap, bootstrap_within, holm, mcnemar, share
 
 
 def first(means_RK: torch.Tensor) -> torch.Tensor:
@@ -102,3 +102,10 @@ def test_mcnemar_is_the_binomial_test_of_the_disagreements() -> None:
 def test_holm_multiplies_by_the_number_of_tests_left() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_an_interval_is_written_with_four_digits() -> None:
+    found = Interval(0.56, 0.3706733186979878, 0.7333436111893266)
+    assert f"{found}" == str(found) == "0.56 [0.3707, 0.7333]"
+    assert f"{found:.1%}" == "56.0% [37.1%, 73.3%]"
+    assert f"{Interval(0.123456, math.nan, math.nan)}" == "0.1235"
