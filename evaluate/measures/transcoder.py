@@ -57,10 +57,11 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class TranscoderFigures:
     """Figures of a transcoder; the module's description has the definitions.
 
-    `tokens`: it was trained on; `dead`: features that none of the last ones activated.
+    `tokens`: the number that it was trained on; `dead`: the number of features that none of the
+    last of them activated.
     """
 
     layer: str
@@ -84,7 +85,7 @@ class TranscoderFidelity(Measure):
     needs: ClassVar[tuple[Need, ...]] = ("windows", "transcoder")
     by_default: ClassVar[bool] = False
 
-    transcoder: Figures
+    transcoder: TranscoderFigures
 
     @classmethod
     def run(cls, context: Context) -> Self:
@@ -205,7 +206,7 @@ def _compare(transcoder: Transcoder, theirs: Pair, ours: Pair) -> dict[str, Tens
     return {name: torch.tensor(value_S, dtype=torch.float64) for name, value_S in found.items()}
 
 
-def _describe(layer: str, trained: Trained, means: dict[str, Tensor]) -> Figures:
+def _describe(layer: str, trained: Trained, means: dict[str, Tensor]) -> TranscoderFigures:
     """Make the figures of means over the tokens of each held-out window."""
     columns_SK = torch.stack(list(means.values()), 1)
 
@@ -215,7 +216,7 @@ def _describe(layer: str, trained: Trained, means: dict[str, Tensor]) -> Figures
             lambda means_RK: statistic(dict(zip(means, means_RK.unbind(1), strict=True))),
         )
 
-    return Figures(
+    return TranscoderFigures(
         layer=layer,
         features=len(trained.transcoder.b_enc),
         tokens=trained.tokens,

@@ -33,7 +33,7 @@ from spectool.evaluate.context import Context
 from spectool.evaluate.intervals import Interval
 from spectool.evaluate.measures import transcoder as measure
 from spectool.evaluate.measures.perplexity import Perplexity
-from spectool.evaluate.measures.transcoder import Figures
+from spectool.evaluate.measures.transcoder import TranscoderFigures
 from spectool.evaluate.mlp import TappedMlp, find_mlp
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import Evaluation, evaluate
@@ -69,7 +69,7 @@ def run(
     return evaluate(Context(load, EvalOptions(**given)))
 
 
-def compare(model: Path, reference: Path, **options: Any) -> Figures:
+def compare(model: Path, reference: Path, **options: Any) -> TranscoderFigures:
     (result,) = run(model, reference, **options).measures
     assert isinstance(result, measure.TranscoderFidelity)
     return result.transcoder
@@ -290,7 +290,7 @@ def test_figures_are_those_of_the_definitions() -> None:
     assert described.reference.active.value == 0
 
 
-def check_same(found: Figures) -> None:
+def check_same(found: TranscoderFigures) -> None:
     """Check that the models of a comparison have the same features."""
     ones, zeros = Interval(1.0, 1.0, 1.0), Interval(0.0, 0.0, 0.0)
     assert (found.overlap, found.change, found.feature_error) == (ones, zeros, zeros)
@@ -299,14 +299,16 @@ def check_same(found: Figures) -> None:
 
 
 @pytest.fixture(scope="module")
-def kept(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Figures]:
+def kept(
+    checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, TranscoderFigures]:
     """A file with a transcoder of the Llama, and what was found when it was trained."""
     source, path = checkpoint("llama"), tmp_path_factory.mktemp("kept") / "kept.safetensors"
     return path, compare(source, source, transcoder_file=path)
 
 
 def test_identical_weights_keep_every_feature(
-    kept: tuple[Path, Figures], checkpoint: Checkpoints
+    kept: tuple[Path, TranscoderFigures], checkpoint: Checkpoints
 ) -> None:
     path, found = kept
     check_same(found)
@@ -327,7 +329,7 @@ def test_identical_weights_of_other_families(family: str, checkpoint: Checkpoint
 
 @pytest.mark.slow
 def test_fewer_bits_keep_fewer_features_and_gates_see_it(
-    kept: tuple[Path, Figures], checkpoint: Checkpoints, tmp_path: Path
+    kept: tuple[Path, TranscoderFigures], checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     source, found = checkpoint("llama"), [kept[1]]
     for bits in (8, 2):
@@ -357,7 +359,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_of_something_else_is_refused_at_once(
-    kept: tuple[Path, Figures],
+    kept: tuple[Path, TranscoderFigures],
     checkpoint: Checkpoints,
     alone: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -406,7 +408,7 @@ def test_what_a_transcoder_cannot_be_trained_on_is_refused_at_once(
 
 
 def test_an_mlp_whose_output_does_not_vary_is_refused(
-    kept: tuple[Path, Figures], checkpoint: Checkpoints, tmp_path: Path
+    kept: tuple[Path, TranscoderFigures], checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     source, idle = checkpoint("llama"), tmp_path / "idle"
     shutil.copytree(source, idle)
@@ -419,7 +421,7 @@ def test_an_mlp_whose_output_does_not_vary_is_refused(
 
 
 def test_memory_that_is_gone_later_does_not_matter(
-    kept: tuple[Path, Figures], checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+    kept: tuple[Path, TranscoderFigures], checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both models fit when the run begins, and not when the measure is reached."""
     source = str(checkpoint("llama"))
@@ -454,7 +456,7 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_bfloat16_has_the_figures_of_float32_up_to_rounding(
-    kept: tuple[Path, Figures], checkpoint: Checkpoints
+    kept: tuple[Path, TranscoderFigures], checkpoint: Checkpoints
 ) -> None:
     source = checkpoint("llama")
     found = compare(source, source, dtype="bfloat16")
