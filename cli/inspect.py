@@ -35,7 +35,7 @@ from spectool.shared_options import LoadOptions, PlaceOptions, WriteOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectOptions(Config):
-    """What is shown of which directory."""
+    """Options of `inspect`: the directory, and the parts of it to show."""
 
     path: Path = option(..., "Directory of a checkpoint or of draft heads", argument=True)
     layers: bool = option(False, "List every quantized matrix", switch=True)

@@ -16,7 +16,7 @@ _PLURALS = {"kv": "KV stores", "strategy": "strategies"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListOptions(Config):
-    """Which methods are listed."""
+    """Options of `list`: the methods to list."""
 
     kind: str | None = option(
         None, f"Kind to list: {', '.join(get_args(methods.Kind))}; default: all", argument=True

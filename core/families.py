@@ -1,4 +1,4 @@
-"""What spectool knows of model families by name: facts that the model itself does not tell.
+"""Facts about model families, by name, that a model itself does not tell.
 
 All else is read from configurations and modules. Each fact says in which version of transformers
 it was seen.

@@ -1,4 +1,4 @@
-"""What a run reports while it works: its plan, its progress and events, as data.
+"""Reports of a run while it works: its plan, its progress and events, as data.
 
 The library passes facts; `cli/events.py` makes sentences of them. Summaries of texts that were read
 (`data.text.Reading`) are events too.

@@ -97,7 +97,7 @@ class LoadOptions(PlaceOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions(Config):
-    """How the rows of a text are read."""
+    """Options to read the rows of a text."""
 
     PANEL: ClassVar = "Text"
 

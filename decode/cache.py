@@ -88,7 +88,7 @@ class StoreLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class BatchCache(ABC):
-    """What passes keep of a batch's rows. `tokens[b]` are the committed tokens of row b."""
+    """State that passes keep of a batch's rows. `tokens[b]` are the committed tokens of row b."""
 
     def __init__(self, *, batch: int, context: int) -> None:
         self.context = context

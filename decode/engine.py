@@ -35,7 +35,7 @@ CHUNK = 512
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a step brought a request: tokens just committed, and the text they release.
+    """Result of a step for a request: the tokens just committed, and the text they release.
 
     No commit is ever undone. The first `drafted` characters of the text were released by accepted
     drafts, the rest by the verifier's own token. `error` ended the request, and no other.

@@ -145,7 +145,7 @@ FORWARDS = ("auto", "fused", "modules")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions(Config):
-    """How drafted tokens are verified."""
+    """Options of the verification of drafted tokens."""
 
     PANEL: ClassVar = "Sampling"
 
@@ -160,7 +160,7 @@ class VerifyOptions(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions(VerifyOptions):
-    """What a request may ask for besides its prompt and its sampling."""
+    """Options of a request besides its prompt and its sampling."""
 
     PANEL: ClassVar = "Sampling"
 

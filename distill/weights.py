@@ -1,4 +1,4 @@
-"""Which weights of a model a training changes: all of them, or low-rank updates that are merged.
+"""Weights of a model that a training changes: all, or low-rank updates that are merged.
 
 An update of rank r of a linear layer's weight [n, m] is
 

@@ -192,7 +192,7 @@ def _number(why: str, row: Any, reasons: dict[str, list[str]]) -> int:
 
 
 def _differing(result: Any, newest: Any) -> list[str]:
-    """What an older version has otherwise."""
+    """Return the rows that an older version has otherwise."""
     now = {row["entry"]: row for row in newest["entries"]}
     lines = []
     for row in result["entries"]:

@@ -1,4 +1,4 @@
-"""What the measures of one evaluation share: opened once, and run over the text once.
+"""Shared parts of the measures of one evaluation: opened once, and run over the text once.
 
 The reference is a checkpoint, run at the same time, or a file written by `--save-reference`. A
 checkpoint that does not fit in memory is run block by block.
@@ -289,7 +289,7 @@ class Context:
 
     @cached_property
     def openings(self) -> list[Prompt] | None:
-        """What the checkpoint continues by itself: the prompts, or pieces of the evaluation text.
+        """Texts that the checkpoint continues: the prompts, or pieces of the evaluation text.
 
         None where it does not fit in memory as a whole.
         """
@@ -311,7 +311,7 @@ class Context:
 
     @cached_property
     def transcoder(self) -> TranscoderPlan | None:
-        """What a transcoder is trained on, where the reference and the checkpoint fit as a whole.
+        """The plan of a transcoder; None where a checkpoint does not fit in memory as a whole.
 
         Raises:
             InputError: the checkpoints have other layers, the options are of decoding with a cache,

@@ -1,4 +1,4 @@
-"""What a training of draft heads can be expected to reach, from finished trainings of such heads.
+"""Forecast of a training of draft heads, from finished trainings of such heads.
 
 A finished training is one point: the tokens that it read, and the acceptance of the heads that it
 wrote. The evaluations inside a training are no points: its learning rate falls over its own steps,
@@ -59,7 +59,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What a training that reads `tokens` tokens can be expected to reach.
+    """Forecast of a training that reads `tokens` tokens.
 
     `trainings` were fitted, of up to `largest` tokens. The figures are None where there are too few
     to tell, and `reason` says what is missing.

@@ -16,7 +16,7 @@ LEAST_TRANSCODER_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOptions(TextOptions):
-    """What is measured, and on which text."""
+    """Options of an evaluation: the measures, and the text."""
 
     reference: str | None = option(
         None, "Checkpoint to compare with, or a file written by --save-reference"

@@ -60,7 +60,7 @@ TOKENS_PER_FORWARD = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a drafter is predicted to do for the stored target.
+    """Prediction of a drafter's acceptance by the stored target.
 
     `acceptance`: of the steps that draft, the share whose first token is accepted, or its expected
     value when sampling. `acceptance_by_depth`: as `bench` counts it, greedy only. `is_exact`: the

@@ -1,4 +1,4 @@
-"""What a transcoder is trained and compared on, found before any measure runs, and its file.
+"""Plan of a transcoder's training and comparison, made before any measure runs, and its file.
 
 Shapes: S windows, L tokens of each.
 """

@@ -29,7 +29,7 @@ class CalibrationOptions(TextOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions(CalibrationOptions):
-    """What a quantization's job takes as it is given."""
+    """Options that a quantization's job takes as they are given."""
 
     PANEL: ClassVar = "What to quantize"
 
@@ -41,7 +41,7 @@ class JobOptions(CalibrationOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeOptions(JobOptions):
-    """How the calibration text is run."""
+    """Options of the pass over the calibration text."""
 
     PANEL: ClassVar = "Calibration"
 

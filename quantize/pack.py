@@ -66,7 +66,7 @@ class Packing:
 
     @property
     def plan(self) -> QuantizePlan:
-        """What is packed, and by which methods."""
+        """The matrices to pack, and their methods."""
         return self.stream.plan
 
     @property

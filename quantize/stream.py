@@ -54,7 +54,7 @@ class CalibratedStream:
 
     @property
     def compute(self) -> Compute:
-        """How blocks run."""
+        """Settings to run blocks with."""
         return self.blocks.compute
 
     def make_generator(self, index: int) -> torch.Generator:

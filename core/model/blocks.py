@@ -25,7 +25,7 @@ from spectool.model.shell import Call, ModelShell
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute:
-    """How blocks run: the dtype of activations, the device, and the sequences of a batch."""
+    """Settings to run blocks with: the activations' dtype, the device, the sequences of a batch."""
 
     dtype: torch.dtype
     device: torch.device

@@ -44,7 +44,7 @@ class RepetitionPenalty(Control[Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Which tokens followed which run of `size - 1` tokens; `pending` are not in `table` yet."""
+    """Tokens after each run of `size - 1` tokens; `pending` are not in `table` yet."""
 
     table: dict[tuple[int, ...], frozenset[int]]
     pending: tuple[tuple[tuple[int, ...], int], ...]

@@ -54,7 +54,7 @@ class EntropyConfig(options.Config):
 
 @dataclass(slots=True)
 class Switch:
-    """Which model writes a request's next token, `active`, and what the turns were so far.
+    """Turns of a request: the model that writes its next token, `active`, and the turns so far.
 
     `since` counts the tokens since the last switch. `positions`: the number of new tokens before
     each switch. `small_tokens` of all `num_tokens` are the small model's; `caught_up` counts those

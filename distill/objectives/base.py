@@ -83,7 +83,7 @@ class LossBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightTask:
-    """What a training of weights, called `name` in reports, is given.
+    """Parts that a training of weights, called `name` in reports, is given.
 
     `model` is trained, in float32. `source`, of `architecture`, is the checkpoint whose files are
     written again with the changed weights. `learning_rate` None: the objective's default. `record`

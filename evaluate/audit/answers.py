@@ -1,4 +1,4 @@
-"""What a checkpoint answers to the items of a suite, before anything is scored.
+"""Answers of a checkpoint to the items of a suite, before anything is scored.
 
 Each item is a batch of its own, so that no answer depends on the other items or their order.
 
@@ -43,7 +43,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a checkpoint answered to an item.
+    """Answer of a checkpoint to an item.
 
     `log_likelihoods` are those of the options of a choice; `replies` are the greedy one and then
     one for each seed.

@@ -1,4 +1,4 @@
-"""How far a checkpoint's predictions on a text moved from those of its reference.
+"""Drift of a checkpoint's predictions on a text from those of its reference.
 
 It needs no labels, and says how much changed, not whether for better or worse.
 """

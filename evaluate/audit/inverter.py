@@ -20,7 +20,7 @@ BATCH, LEARNING_RATE = 64, 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """Which tokens of the held-out prompts are guessed, [N, P].
+    """Right guesses of the held-out prompts' tokens, [N, P].
 
     `frequent_NP`: which are the training prompts' most frequent token at their place.
     """

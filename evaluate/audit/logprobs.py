@@ -41,7 +41,7 @@ HELD_OUT, LEAST_PROMPTS = 0.2, 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inversion:
-    """What an inverter reads of held-out prompts: shares of their tokens that it guesses.
+    """Shares of the tokens of held-out prompts that an inverter guesses.
 
     `watched`: the generated tokens whose log-probabilities it sees. `first_only`: with those of the
     first one alone. `control`: it learnt from prompts that do not belong to what it saw. `chance`:

@@ -77,7 +77,7 @@ class TrustOptions(AuditTextOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobsOptions(AuditTextOptions):
-    """How much an observer sees, and how the inverter is trained."""
+    """Options of `audit logprobs`: how much an observer sees, how the inverter is trained."""
 
     spare: int = option(
         100, "Log-probabilities shown of a position, beyond the model's width", minimum=1
@@ -93,7 +93,7 @@ class LogprobsOptions(AuditTextOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeaturesOptions(AuditTextOptions):
-    """Which tokens are read back from states."""
+    """Options of `audit features`: the tokens that are read back from states."""
 
     places: tuple[int, ...] = option(
         (0, 1, 2, 4), "How many places before a state's own the tokens are that are read"

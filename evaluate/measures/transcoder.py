@@ -50,7 +50,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """How well the transcoder fits the MLP of a model, and its active features of a token."""
+    """Fit of the transcoder to the MLP of a model, and its active features of a token."""
 
     explained_variance: Interval
     active: Interval

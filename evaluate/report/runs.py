@@ -1,4 +1,4 @@
-"""What a report is made of: the JSON objects that commands printed, found in files and folders.
+"""Results for a report: the JSON objects that commands printed, found in files and folders.
 
 A folder is searched for them, at any depth. `run.json`, which `spectool run` leaves beside its
 results, adds the times and exit codes of a recipe's stages, and the machine.

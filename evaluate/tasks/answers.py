@@ -30,7 +30,7 @@ class Question:
 
 
 class Answers:
-    """What a runner's model answers, as far as it is not kept already.
+    """Answers of a runner's model, computed where they are not kept already.
 
     Batches are made of all requests of a call, whatever is kept, and pass whole: a run that was
     killed and goes on has the bits of one that was not.

@@ -1,4 +1,4 @@
-"""What every format of draft heads needs: its description, and weights under our names."""
+"""Base of the formats of draft heads: a description, and weights under our names."""
 
 from __future__ import annotations
 
