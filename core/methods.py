@@ -387,8 +387,7 @@ METHODS: dict[str, Method] = {
     "transcoder": Method(
         kind="measure",
         target="spectool.evaluate.measures.transcoder:TranscoderFidelity",
-        summary="Sparse features of an MLP, learnt from the reference, that the model keeps; one "
-        "layer: minutes at a width of 320, growing with its square",
+        summary="Sparse features of one MLP, learnt from the reference, that the model keeps",
         source="inspired by Dunefsky et al., 2024 (arXiv:2406.11944): one layer, half the features "
         "per width, less text",
         status="research",

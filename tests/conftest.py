@@ -19,6 +19,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from spectool.model.experts import release_experts
+
 VOCAB = 320
 _TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -311,7 +313,14 @@ def _shared_model(family: str, seed: int) -> PreTrainedModel:
 @pytest.fixture
 def tiny() -> Callable[..., PreTrainedModel]:
     """`tiny("qwen3")`: a random model shared between tests; do not change its weights."""
-    return lambda family, seed=0: _shared_model(family, seed)
+
+    def give(family: str, seed: int = 0) -> PreTrainedModel:
+        model = _shared_model(family, seed)
+        # A target that an earlier test opened lets experts compute in another way.
+        release_experts(model)
+        return model
+
+    return give
 
 
 @pytest.fixture(scope="session")

@@ -144,17 +144,33 @@ def test_no_two_measures_share_a_key() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), [("stories260K", 4.135), ("llama2xs-279K", 8.228)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "expected", "whole"),
+    [
+        ("stories260K", 97105, 4.135, 4.021),
+        ("llama2xs-279K", 97105, 8.228, 7.352),
+        ("TinyStories-656K", 45901, 28.704, 21.883),
+        ("babyllama-char-a", 200001, 2.200, 1.864),
+        ("babyllama-char-b", 200001, 2.324, 1.981),
+    ],
+)
 def test_published_perplexities_of_small_models(
-    name: str, expected: float, shared: Path, tmp_path: Path
+    name: str, tokens: int, expected: float, whole: float, shared: Path, tmp_path: Path
 ) -> None:
+    """Of windows of one text, and of whole stories, each with its end."""
+    path, measure = shared / "models" / name, ["perplexity"]
     with gzip.open(shared / "data/text/tinystories_valid.txt.gz", "rt") as file:
         stories = file.read()
     (tmp_path / "text.txt").write_text(re.sub(r"\n\n+", "\n", stories)[:200_000])
-    text = str(tmp_path / "text.txt")
-    result = run(shared / "models" / name, text=[text], bos=True)
-    assert result["perplexity"]["tokens"] == 97105
+    result = run(path, measure=measure, text=[str(tmp_path / "text.txt")], bos=True)
+    assert abs(result["perplexity"]["tokens"] - tokens) <= 1
     assert result["perplexity"]["value"] == pytest.approx(expected, rel=1e-3)
+    with gzip.open(shared / "data/text/tinystories_train.jsonl.gz", "rt") as file:
+        rows = [line for line in file if json.loads(line)["case"] == "original"][:200]
+    (tmp_path / "stories.jsonl").write_text("".join(rows))
+    text = [str(tmp_path / "stories.jsonl")]
+    found = run(path, measure=measure, text=text, protocol="documents", bos=True)
+    assert found["perplexity"]["value"] == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.slow
