@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def test_documents_are_scored_one_by_one_with_the_end(
     documents = [" ".join(generator.choices(words, k=count)) for count in range(1, 60)]
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    # The checkpoint is shared between tests.
+    model = str(shutil.copytree(model, tmp_path / "model"))
     settings = Path(model, "generation_config.json")
     settings.write_text(json.dumps({"eos_token_id": [7, 5]}))
     tokenizer = AutoTokenizer.from_pretrained(model)
