@@ -303,7 +303,7 @@ class Context:
         most = self.options.max_new_tokens
         return most if self.options.prompts else min(most, OPENING_NEW_TOKENS)
 
-    @property
+    @cached_property
     def paired(self) -> Checkpoint | None:
         """The reference, where it is a checkpoint that fits in memory as a whole."""
         other = self.reference

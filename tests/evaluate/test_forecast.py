@@ -75,7 +75,7 @@ def test_no_other_law_of_the_grid_fits_better() -> None:
 
 
 def test_intervals_hold_most_of_what_comes() -> None:
-    """Of 12 seeds, an interval of 95% from 8 trainings holds the next one in most."""
+    """Check over 12 seeds that an interval of 95% from 8 trainings mostly holds the next one."""
     inside, widths = 0, []
     for seed in range(12):
         rng = random.Random(seed)

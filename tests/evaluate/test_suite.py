@@ -157,7 +157,7 @@ def test_no_two_measures_share_a_key() -> None:
 def test_published_perplexities_of_small_models(
     name: str, tokens: int, expected: float, whole: float, shared: Path, tmp_path: Path
 ) -> None:
-    """Of windows of one text, and of whole stories, each with its end."""
+    """Check those of windows of one text, and of whole stories, each with its end."""
     path, measure = shared / "models" / name, ["perplexity"]
     with gzip.open(shared / "data/text/tinystories_valid.txt.gz", "rt") as file:
         stories = file.read()
